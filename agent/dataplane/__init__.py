@@ -1,0 +1,1 @@
+"""Thin shell around the kernel: ipset, iptables, conntrack. One writer."""

@@ -1,0 +1,1 @@
+"""The lab: a node and its pods on this machine, as network namespaces."""
