@@ -1,0 +1,188 @@
+"""What the kernel holds of ours, as read back or as last written: the mirror that deltas are made against."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from socket import AF_INET, AF_INET6, inet_pton
+
+from agent.core.addresses import V4, Address, Prefix, parse_address
+from agent.core.policy import EGRESS, INGRESS
+from agent.core.rules import Member, SetKind
+from agent.dataplane.render import BUCKETS, JUMP, bucket_name, is_ours
+
+CanonicalRule = tuple[str, ...]
+
+
+@dataclass
+class AppliedSet:
+    """A set in the kernel."""
+
+    kind: str
+    family: int
+    maxelem: int
+    members: set[Member] = field(default_factory=set)
+
+
+@dataclass
+class AppliedTable:
+    """Our chains in the filter table of one family.
+
+    `jumps` are the rules in FORWARD that jump to us, as printed; `first` whether exactly one does, and comes first.
+    `strays` are rules of other chains that lead into ours."""
+
+    chains: dict[str, tuple[CanonicalRule, ...]] = field(default_factory=dict)
+    jumps: list[str] = field(default_factory=list)
+    first: bool = False
+    strays: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Applied:
+    """All of ours in this network namespace, on one backend."""
+
+    sets: dict[str, AppliedSet] = field(default_factory=dict)
+    tables: dict[int, AppliedTable] = field(default_factory=dict)
+
+
+def canonical(rule: str) -> CanonicalRule:
+    """A rule without what differs between what is written and what `iptables-save` prints of it.
+
+    Order of matches, implied `-m`, full masks, address spelling, quotes and names of ICMPv6 types all differ."""
+    head, _, rest = rule.partition('--comment "')
+    comment, _, tail = rest.partition('"')
+    tokens = (head + tail).split()
+    items = [f"--comment {comment}"] if rest else []
+    negated = ""
+    position = 0
+    while position < len(tokens):
+        token = tokens[position]
+        position += 1
+        if token == "!":
+            negated = "! "
+            continue
+        values = []
+        while position < len(tokens) and tokens[position] != "!" and not _is_option(tokens[position]):
+            values.append(tokens[position])
+            position += 1
+        if token != "-m":
+            items.append(f"{negated}{token} {_canonical_value(token, ' '.join(values))}")
+        negated = ""
+    return tuple(sorted(items))
+
+
+def _is_option(token: str) -> bool:
+    return len(token) > 1 and token[0] == "-" and not token[1].isdigit()
+
+
+_PROTOCOLS = {"1": "icmp", "6": "tcp", "17": "udp", "58": "ipv6-icmp", "icmpv6": "ipv6-icmp", "132": "sctp"}
+_ICMP6 = {
+    "router-solicitation": "133",
+    "router-advertisement": "134",
+    "neighbour-solicitation": "135",
+    "neighbor-solicitation": "135",
+    "neighbour-advertisement": "136",
+    "neighbor-advertisement": "136",
+    "redirect": "137",
+}
+
+
+def _canonical_value(option: str, value: str) -> str:
+    if option in ("-s", "-d"):
+        return _canonical_address(value)
+    if option == "-p":
+        return _PROTOCOLS.get(value, value)
+    if option == "--icmpv6-type":
+        return _ICMP6.get(value, value)
+    return value
+
+
+@lru_cache(maxsize=4096)
+def _canonical_address(text: str) -> str:
+    address, _, mask = text.partition("/")
+    number = ipaddress.ip_address(address)
+    if not mask or mask == str(number.max_prefixlen):
+        return str(number)
+    return f"{number}/{mask if mask.isdigit() else ipaddress.ip_address(mask)}"
+
+
+CANONICAL_JUMP = canonical(JUMP)
+
+
+def parse_save(text: str) -> AppliedTable:
+    """Our part of what `iptables-save -t filter` prints."""
+    table = AppliedTable()
+    rules: dict[str, list[CanonicalRule]] = {}
+    forward: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("-A FORWARD "):
+            forward.append(line[len("-A FORWARD ") :])
+        elif "NPA-" not in line:
+            continue
+        elif line.startswith(":"):
+            name = line[1:].partition(" ")[0]
+            if is_ours(name):
+                rules.setdefault(name, [])
+        elif line.startswith("-A "):
+            name, _, rule = line[3:].partition(" ")
+            if is_ours(name):
+                rules.setdefault(name, []).append(canonical(rule))
+            elif any(is_ours(word) for word in rule.split()):
+                table.strays.append(line)
+    table.chains = {name: tuple(chain) for name, chain in rules.items()}
+    for rule in forward:
+        target = rule.split()[-2:]
+        if target[:1] in (["-j"], ["-g"]) and is_ours(target[1]):
+            table.jumps.append(rule)
+    table.first = len(table.jumps) == 1 and forward[0] == table.jumps[0] and canonical(forward[0]) == CANONICAL_JUMP
+    return table
+
+
+def parse_ipset_save(text: str) -> dict[str, AppliedSet]:
+    """Our part of what `ipset save` prints."""
+    sets: dict[str, AppliedSet] = {}
+    for line in text.splitlines():
+        if line.startswith("add npa"):
+            _, name, entry = line.split(" ", 3)[:3]
+            held = sets[name]
+            held.members.add(_parse_member(held, entry))
+        elif line.startswith("create npa"):
+            words = line.split(" ")
+            options = dict(zip(words[3:], words[4:]))
+            family = 6 if options.get("family") == "inet6" else V4
+            sets[words[1]] = AppliedSet(words[2], family, int(options.get("maxelem", 65536)))
+    return sets
+
+
+def _parse_member(held: AppliedSet, entry: str) -> Member:
+    if held.kind == SetKind.IP.value:
+        return inet_pton(AF_INET if held.family == V4 else AF_INET6, entry)
+    if held.kind == SetKind.IP_PORT.value:
+        address, _, port = entry.partition(",")
+        protocol, _, number = port.partition(":")
+        return parse_address(address), protocol.upper(), int(number)
+    if held.kind == SetKind.NET.value:
+        address, _, length = entry.partition("/")
+        packed = parse_address(address)
+        return Prefix(held.family, int.from_bytes(packed, "big"), int(length) if length else len(packed) * 8)
+    return entry.encode()  # a set of ours in a form that is not: its header differs, so it is replaced
+
+
+def canonical_chain(rules: Iterable[str]) -> tuple[CanonicalRule, ...]:
+    """The rules of a chain, comparable with what was read back."""
+    return tuple(canonical(rule) for rule in rules)
+
+
+def dispatched(table: AppliedTable) -> dict[Address, str]:
+    """The addresses that the buckets in the kernel dispatch, with the pods that their comments name."""
+    found: dict[Address, str] = {}
+    for direction, own in ((EGRESS, "-s "), (INGRESS, "-d ")):
+        for number in range(BUCKETS):
+            for rule in table.chains.get(bucket_name(direction, number), ()):
+                address = next((item[len(own) :] for item in rule if item.startswith(own)), None)
+                pods = next((item[len("--comment ") :] for item in rule if item.startswith("--comment ")), None)
+                if address is not None and pods is not None:
+                    found[parse_address(address)] = pods
+    return found

@@ -1,0 +1,247 @@
+"""The one writer: brings the kernel of this network namespace to what a node desires, and reads it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from time import perf_counter
+
+from agent.core.addresses import FAMILIES, V4
+from agent.core.node import Node
+from agent.dataplane import conntrack
+from agent.dataplane.applied import Applied
+from agent.dataplane.errors import KernelError
+from agent.dataplane.ipset import Ipset
+from agent.dataplane.iptables import BACKENDS, Backend, in_use
+from agent.dataplane.plan import (
+    AddMembers,
+    CreateSet,
+    DeleteMembers,
+    DestroySet,
+    ForgetConnections,
+    Operation,
+    SwapSets,
+    Transaction,
+    plan,
+    record,
+    removal,
+)
+from agent.dataplane.render import Options
+
+ATTEMPTS = 3
+"""A sync that the kernel refuses is planned anew, from what the kernel holds then, so many times in all."""
+
+
+@dataclass
+class Report:
+    """What a sync did, as counters of kernel writes, and how long it took, in seconds by stage."""
+
+    sets_created: int = 0
+    sets_destroyed: int = 0
+    members_added: int = 0
+    members_deleted: int = 0
+    transactions: int = 0
+    chains_written: int = 0
+    chains_removed: int = 0
+    jumps_set: int = 0
+    connections_forgotten: int = 0
+    attempts: int = 1
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to a stage."""
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - begin
+
+    @property
+    def writes(self) -> int:
+        """Kernel writes in all; 0 means that nothing was touched."""
+        return (
+            self.sets_created
+            + self.sets_destroyed
+            + self.members_added
+            + self.members_deleted
+            + self.transactions
+            + self.connections_forgotten
+        )
+
+
+class Dataplane:
+    """Sets and rules of one network namespace. Not for several threads; make it inside the namespace.
+
+    Invariant: the mirror is what the kernel holds, or None when that is not known; then it is read before the next
+    plan. Nothing is ever flushed."""
+
+    def __init__(
+        self, backend: Backend, *, options: Options | None = None, families: Iterable[int] | None = None
+    ) -> None:
+        backend.check()
+        self.backend = backend
+        self.options = options or Options()
+        self.families = tuple(families if families is not None else present_families())
+        self._ipset = Ipset()
+        self._mirror: Applied | None = None
+
+    def close(self) -> None:
+        self._ipset.close()
+
+    def read(self) -> Applied:
+        """What the kernel holds of ours now. Raises KernelError."""
+        return Applied(self._ipset.read(), self.backend.read(self.families))
+
+    def sync(self, node: Node) -> Report:
+        """Bring the kernel to what the node desires; the first time, and after a refusal, from what it holds.
+
+        Raises KernelError when the kernel keeps refusing; what was enforced before stays whole."""
+        report = Report()
+        journal = node.journal()
+        for attempt in range(ATTEMPTS):
+            report.attempts = attempt + 1
+            everything = self._mirror is None
+            with report.stage("read"):
+                mirror = self._mirror or self.read()
+            self._mirror = None
+            with report.stage("plan"):
+                operations = plan(node, journal, mirror, self.options, everything=everything)
+            try:
+                self._execute(operations, mirror, report)
+            except KernelError:
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                continue
+            self._mirror = mirror
+            break
+        return report
+
+    def resync(self, node: Node) -> Report:
+        """As `sync`, from what the kernel really holds: drift is found and repaired."""
+        self._mirror = None
+        return self.sync(node)
+
+    def clean(self) -> Report:
+        """Take away all that is ours in this namespace, on both backends, from whatever state. Raises KernelError."""
+        report = Report()
+        self._mirror = None
+        for name in (self.backend.name, *(n for n in BACKENDS if n != self.backend.name)):
+            if not in_use(name):
+                continue
+            backend = Backend(name)
+            applied = Applied({}, backend.read(self.families))
+            self._refuse_strays(applied)
+            self._execute(list(removal(applied)), applied, report, backend)
+        applied = Applied(self._ipset.read(), {})
+        self._execute(list(removal(applied)), applied, report)
+        return report
+
+    def leave_other_backend(self) -> Report:
+        """Take our rules off the backend that is not in use: the host changed it since we last ran."""
+        report = Report()
+        for name in BACKENDS:
+            if name != self.backend.name and in_use(name):
+                backend = Backend(name)
+                applied = Applied({}, backend.read(self.families))
+                self._execute(list(removal(applied)), applied, report, backend)
+        return report
+
+    @staticmethod
+    def _refuse_strays(applied: Applied) -> None:
+        for table in applied.tables.values():
+            if table.strays:
+                raise KernelError(
+                    f"rule {table.strays[0]}",
+                    "leads into a chain of ours, and is not ours to remove",
+                    "Delete that rule, then clean again.",
+                )
+
+    def _execute(
+        self, operations: Sequence[Operation], mirror: Applied, report: Report, backend: Backend | None = None
+    ) -> None:
+        for kind, group in groupby(operations, key=_stage):
+            with report.stage(kind):
+                self._batch(list(group), mirror, report, backend or self.backend)
+
+    def _batch(self, batch: list[Operation], mirror: Applied, report: Report, backend: Backend) -> None:
+        """Operations that may go to the kernel together, in order."""
+        first = batch[0]
+        if isinstance(first, Transaction):
+            transactions = [operation for operation in batch if isinstance(operation, Transaction)]
+            answers = backend.write(transactions)
+            for transaction, answer in zip(transactions, answers):
+                if answer is None:
+                    _count(report, transaction)
+                    record(mirror, transaction)
+            for answer in answers:
+                if answer is not None:
+                    raise answer
+            return
+        if isinstance(first, ForgetConnections):
+            report.connections_forgotten += conntrack.forget(first.addresses)
+            return
+        if isinstance(first, DestroySet):
+            self._destroy(batch, mirror, report)
+            return
+        self._ipset.write(
+            [operation for operation in batch if not isinstance(operation, Transaction | ForgetConnections)]
+        )
+        for operation in batch:
+            _count(report, operation)
+            record(mirror, operation)
+
+    def _destroy(self, batch: list[Operation], mirror: Applied, report: Report) -> None:
+        """A set that the kernel still counts as used stays in the mirror, and is tried again at the next resync."""
+        for operation in batch:
+            assert isinstance(operation, DestroySet)
+            try:
+                self._ipset.write([operation])
+            except KernelError as error:
+                if "in use" not in error.reason:
+                    raise
+                continue
+            _count(report, operation)
+            record(mirror, operation)
+
+
+def _stage(operation: Operation) -> str:
+    """Which batch an operation belongs to: adds and deletes never share one."""
+    match operation:
+        case CreateSet() | AddMembers() | SwapSets():
+            return "sets"
+        case ForgetConnections():
+            return "conntrack"
+        case Transaction():
+            return "rules"
+        case DeleteMembers():
+            return "deletes"
+        case DestroySet():
+            return "destroys"
+
+
+def _count(report: Report, operation: Operation) -> None:
+    match operation:
+        case CreateSet():
+            report.sets_created += 1
+        case AddMembers():
+            report.members_added += len(operation.members)
+        case DeleteMembers():
+            report.members_deleted += len(operation.members)
+        case DestroySet():
+            report.sets_destroyed += 1
+        case Transaction():
+            report.transactions += 1
+            report.chains_written += len(operation.write)
+            report.chains_removed += len(operation.remove)
+            report.jumps_set += len(operation.jumps_to_delete) + int(operation.insert_jump)
+        case _:
+            pass
+
+
+def present_families() -> tuple[int, ...]:
+    """IPv4, and IPv6 unless the kernel was started without it."""
+    return FAMILIES if Path("/proc/sys/net/ipv6").exists() else (V4,)

@@ -1,0 +1,42 @@
+"""What can go wrong between us and the kernel."""
+
+from __future__ import annotations
+
+
+class KernelError(Exception):
+    """The kernel, or the tool in front of it, refused. Enforcement is as it was before.
+
+    `what` names the set, chain or command, `reason` is its answer, `advice` what the operator can do."""
+
+    def __init__(self, what: str, reason: str, advice: str) -> None:
+        super().__init__(f"{what}: {reason}. {advice}")
+        self.what = what
+        self.reason = reason
+        self.advice = advice
+
+
+ADVICE = (
+    ("Operation not permitted", "Run as root, or give the container the capability NET_ADMIN."),
+    ("Permission denied", "Run as root, or give the container the capability NET_ADMIN."),
+    ("you must be root", "Run as root, or give the container the capability NET_ADMIN."),
+    ("xtables lock", "Another program holds the xtables lock; it is tried again, and `status` tells when it went in."),
+    ("set is full", "The set holds all it can; fewer addresses must match the selector."),
+    ("full", "The set holds all it can; fewer addresses must match the selector."),
+    ("does not exist", "Something removed what this rule needs; the next sync reads the kernel again and repairs it."),
+    ("maximal number of sets", "The kernel holds no more ipsets; load ip_set with a higher max_sets."),
+    ("type not supported", "Load the kernel module of this set type (ip_set_hash_ip, _ipport, _net) on the node."),
+    ("Extension", "Load the kernel module of this match (modprobe xt_NAME) on the node."),
+    ("No chain/target/match by that name", "Load the kernel module of this match or target (modprobe xt_NAME)."),
+    ("incompatible, use 'nft' tool", "Another program wrote this table with nft; choose --backend legacy."),
+    ("Table does not exist", "Load the module ip_tables and iptable_filter, or choose --backend nft."),
+    ("can't initialize", "Load the modules ip_tables and iptable_filter, or choose --backend nft."),
+)
+
+
+def refused(what: str, reason: str) -> KernelError:
+    """The error for a refusal, with advice where the reason is known."""
+    text = " ".join(reason.split()).rstrip(".") or "refused without a reason"
+    for part, advice in ADVICE:
+        if part.lower() in text.lower():
+            return KernelError(what, text, advice)
+    return KernelError(what, text, "The kernel's log (dmesg) may tell more.")

@@ -1,0 +1,142 @@
+"""The filter table: which backend the host uses, reading it, and atomic transactions through iptables-restore."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.core.addresses import V4
+from agent.dataplane.applied import AppliedTable, parse_save
+from agent.dataplane.errors import KernelError, refused
+from agent.dataplane.plan import Transaction
+
+LOCK_SECONDS = 10
+BACKENDS = ("nft", "legacy")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One of the two iptables backends: `nft` or `legacy`."""
+
+    name: str
+
+    def tool(self, version: int, verb: str) -> str:
+        """The program for a family and a verb (`save`, `restore`). Raises KernelError when it is not installed."""
+        base = "iptables" if version == V4 else "ip6tables"
+        exact = f"{base}-{self.name}-{verb}"
+        if shutil.which(exact):
+            return exact
+        plain = f"{base}-{verb}"
+        if shutil.which(plain) and _flavour(plain) == self.name:
+            return plain
+        raise KernelError(exact, "is not installed", "Install the package iptables, or choose the other --backend.")
+
+    def check(self) -> None:
+        """Legacy writers share one lock file; in a container it must be the host's. Raises KernelError without it."""
+        lock = Path(os.environ.get("XTABLES_LOCKFILE", "/run/xtables.lock"))
+        in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+        if self.name == "legacy" and in_pod and not lock.exists():
+            raise KernelError(
+                str(lock),
+                "is not there",
+                "Mount the host's file: writers with different locks lose updates in silence.",
+            )
+
+    def read(self, versions: Iterable[int]) -> dict[int, AppliedTable]:
+        """Our part of each family's filter table. Raises KernelError."""
+        versions = list(versions)
+        commands = [[self.tool(version, "save"), "-t", "filter"] for version in versions]
+        return {version: parse_save(text) for version, text in zip(versions, run_all(commands))}
+
+    def write(self, transactions: Sequence[Transaction]) -> list[KernelError | None]:
+        """Carry out one transaction per family, side by side; answers for each its refusal, or None when it is in."""
+        jobs = []
+        for transaction in transactions:
+            command = [self.tool(transaction.family, "restore"), "--noflush", "-w", str(LOCK_SECONDS)]
+            jobs.append((transaction, command, _spawn(command)))
+        answers: list[KernelError | None] = []
+        for transaction, command, process in jobs:
+            _, errors = process.communicate(transaction.text.encode())
+            failed = process.returncode != 0
+            answers.append(_refusal(command[0], transaction.text, errors.decode(errors="replace")) if failed else None)
+        return answers
+
+
+def _refusal(tool: str, text: str, errors: str) -> KernelError:
+    """The tool's answer, with the line that it names."""
+    numbers = re.findall(r"line:? (\d+)", errors)
+    lines = text.splitlines()
+    where = f": {lines[int(numbers[-1]) - 1]}" if numbers and 0 < int(numbers[-1]) <= len(lines) else ""
+    kept = [line for line in errors.splitlines() if line and "Try `" not in line and "Error occurred" not in line]
+    return refused(f"{tool}{where}", "; ".join(kept) or errors)
+
+
+def _spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def run_all(commands: Sequence[Sequence[str]]) -> list[str]:
+    """Run reading commands side by side; their outputs. Raises KernelError for the first that fails."""
+    processes = [_spawn(command) for command in commands]
+    results = [process.communicate() for process in processes]
+    for command, process, (_, errors) in zip(commands, processes, results):
+        if process.returncode != 0:
+            raise refused(" ".join(command), errors.decode(errors="replace"))
+    return [output.decode() for output, _ in results]
+
+
+def _flavour(program: str) -> str:
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    return "nft" if "nf_tables" in answer else "legacy"
+
+
+def detect() -> Backend:
+    """The backend that kubelet and kube-proxy use on this host, else the one that holds more rules, else nft.
+
+    Kubelet leaves the chain KUBE-IPTABLES-HINT (1.24 and later) or KUBE-KUBELET-CANARY in the table mangle."""
+    text = {}
+    for name in BACKENDS:
+        if name == "legacy" and not _legacy_tables():
+            continue
+        texts = [_quiet_save(f"{base}-{name}-save") for base in ("iptables", "ip6tables")]
+        if any(texts):
+            text[name] = "".join(texts)
+    for marks in (("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"), ("NPA-FORWARD",), ("KUBE-",)):
+        for name in BACKENDS:
+            if any(f":{mark}" in text.get(name, "") for mark in marks):
+                return Backend(name)
+    counts = {name: text.get(name, "").count("\n-A ") for name in BACKENDS}
+    if counts["legacy"] > counts["nft"] or not shutil.which("iptables-nft-restore"):
+        plain = shutil.which("iptables-restore")
+        return Backend(_flavour(plain) if plain and not shutil.which("iptables-legacy-restore") else "legacy")
+    return Backend("nft")
+
+
+def _legacy_tables() -> bool:
+    """Whether legacy tables exist here; asking iptables-legacy-save would make them."""
+    for path in ("/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"):
+        try:
+            if Path(path).read_text().strip():
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _quiet_save(program: str) -> str:
+    if not shutil.which(program):
+        return ""
+    return subprocess.run([program], capture_output=True, text=True, check=False).stdout
+
+
+def in_use(name: str) -> bool:
+    """Whether this backend can be read without making anything: legacy only where its tables are already there."""
+    if name == "legacy":
+        return _legacy_tables() and shutil.which("iptables-legacy-save") is not None
+    return shutil.which("iptables-nft-save") is not None

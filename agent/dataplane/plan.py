@@ -1,0 +1,268 @@
+"""From what is desired and what is applied to the ordered kernel operations between them. Pure.
+
+Invariant: whichever operation the process dies after, no packet is let through that old and new state both deny, none
+is lost that both allow (semantics.md line 44). It rests on this order, and on adds and deletes being separate batches:
+
+  create and fill new sets → add to peer sets → add to named-port sets → forget released connections
+  → one transaction per family → delete from named-port sets → delete from peer sets → destroy sets
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from agent.core.addresses import Address, family
+from agent.core.node import Journal, Node
+from agent.core.peers import ActiveSet
+from agent.core.policy import DIRECTIONS
+from agent.core.rules import Member, SetKind
+from agent.dataplane.applied import Applied, AppliedSet, AppliedTable, canonical_chain, dispatched
+from agent.dataplane.render import (
+    JUMP,
+    MAXELEM,
+    Options,
+    bucket_name,
+    bucket_of,
+    bucket_rules,
+    chain_rules,
+    fixed_chains,
+    restore_text,
+    table,
+)
+
+
+@dataclass(frozen=True)
+class CreateSet:
+    """An empty set."""
+
+    name: str
+    kind: SetKind
+    family: int
+
+
+@dataclass(frozen=True)
+class AddMembers:
+    """Members that a set lacks."""
+
+    name: str
+    kind: SetKind
+    family: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class SwapSets:
+    """Exchange the content of two sets, atomically."""
+
+    name: str
+    other: str
+
+
+@dataclass(frozen=True)
+class ForgetConnections:
+    """Conntrack entries of addresses that a pod gave up (semantics.md line 46)."""
+
+    addresses: tuple[Address, ...]
+
+
+@dataclass(frozen=True)
+class Transaction:
+    """One `iptables-restore --noflush` of one family: chains written whole, chains removed, the jump set right."""
+
+    family: int
+    write: tuple[tuple[str, tuple[str, ...]], ...]
+    remove: tuple[str, ...]
+    jumps_to_delete: tuple[str, ...]
+    insert_jump: bool
+
+    @property
+    def text(self) -> str:
+        rules = [f"-D FORWARD {rule}" for rule in self.jumps_to_delete]
+        rules += [f"-I FORWARD 1 {JUMP}"] if self.insert_jump else []
+        return restore_text(write={n: list(r) for n, r in self.write}, remove=self.remove, rules=rules)
+
+    @property
+    def writes(self) -> int:
+        """Chains and rules that change."""
+        return len(self.write) + len(self.remove) + len(self.jumps_to_delete) + int(self.insert_jump)
+
+
+@dataclass(frozen=True)
+class DeleteMembers:
+    """Members that a set has too many."""
+
+    name: str
+    kind: SetKind
+    family: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class DestroySet:
+    """A set that no rule uses any more."""
+
+    name: str
+
+
+Operation = CreateSet | AddMembers | SwapSets | ForgetConnections | Transaction | DeleteMembers | DestroySet
+
+
+def plan(node: Node, journal: Journal, applied: Applied, options: Options, *, everything: bool) -> list[Operation]:
+    """The operations from `applied` to what `node` desires, in order; [] when they agree.
+
+    Only what the journal names is compared, or `everything` after a restart, a refusal, or to find drift."""
+    sets = _SetChanges()
+    touched = dict.fromkeys({*node.sets.active, *applied.sets}) if everything else journal.sets
+    for name in sorted(touched):
+        sets.compare(name, node.sets.active.get(name), applied.sets.get(name), touched[name])
+    released = set(journal.released)
+    transactions = []
+    for version, held in sorted(applied.tables.items()):
+        if everything:
+            released |= _handed_over(node, held)
+            desired: Mapping[str, list[str] | None] = dict.fromkeys(held.chains) | table(node, version, options)
+        else:
+            desired = _touched_chains(node, journal, version, options)
+        transaction = _transaction(desired, held, version)
+        if transaction.writes:
+            transactions.append(transaction)
+    return [
+        *sets.creates,
+        *_of(sets.adds, SetKind.NET, SetKind.IP),
+        *_of(sets.adds, SetKind.IP_PORT),
+        *([ForgetConnections(tuple(sorted(released)))] if released else []),
+        *transactions,
+        *_of(sets.deletes, SetKind.IP_PORT),
+        *_of(sets.deletes, SetKind.IP, SetKind.NET),
+        *sets.destroys,
+    ]
+
+
+def _handed_over(node: Node, held: AppliedTable) -> Iterator[Address]:
+    """Addresses that the dispatch in the kernel gives to pods which do not hold them now: released while we were away."""
+    for address, pods in dispatched(held).items():
+        holders = {holder.key for holder in node.cluster.holders(address)}
+        if not holders.issuperset(pods.split()):
+            yield address
+
+
+def _of(changes: list[AddMembers] | list[DeleteMembers], *kinds: SetKind) -> Iterator[AddMembers | DeleteMembers]:
+    return (change for change in changes if change.kind in kinds)
+
+
+class _SetChanges:
+    def __init__(self) -> None:
+        self.creates: list[Operation] = []
+        self.adds: list[AddMembers] = []
+        self.deletes: list[DeleteMembers] = []
+        self.destroys: list[DestroySet] = []
+
+    def compare(
+        self, name: str, active: ActiveSet | None, held: AppliedSet | None, touched: set[Member] | None
+    ) -> None:
+        if active is None:
+            if held is not None:
+                self.destroys.append(DestroySet(name))
+            return
+        spec = active.spec
+        if held is None:
+            self._build(name, active)
+        elif (held.kind, held.family) != (spec.kind.value, spec.family):
+            # Not the set that our rules use, since theirs has this content's type: somebody's of the same name.
+            self.creates.append(DestroySet(name))
+            self._build(name, active)
+        elif held.maxelem < MAXELEM:
+            beside = f"npa-t-{name[-20:]}"
+            self.creates.append(DestroySet(beside))
+            self._build(beside, active)
+            self.creates.append(SwapSets(beside, name))
+            self.destroys.append(DestroySet(beside))
+        else:
+            self._members(name, active, held, touched)
+
+    def _build(self, name: str, active: ActiveSet) -> None:
+        spec = active.spec
+        self.creates.append(CreateSet(name, spec.kind, spec.family))
+        members = tuple(set(active.members()))
+        if members:
+            self.creates.append(AddMembers(name, spec.kind, spec.family, members))
+
+    def _members(self, name: str, active: ActiveSet, held: AppliedSet, touched: set[Member] | None) -> None:
+        spec = active.spec
+        if touched is None:
+            wanted = set(active.members())
+            adds, deletes = wanted - held.members, held.members - wanted
+        else:
+            adds = {m for m in touched if m not in held.members and active.contains(m)}
+            deletes = {m for m in touched if m in held.members and not active.contains(m)}
+        if adds:
+            self.adds.append(AddMembers(name, spec.kind, spec.family, tuple(adds)))
+        if deletes:
+            self.deletes.append(DeleteMembers(name, spec.kind, spec.family, tuple(deletes)))
+
+
+def _transaction(desired: Mapping[str, list[str] | None], applied: AppliedTable, version: int) -> Transaction:
+    """From the desired rules of some chains, None for those that must not be."""
+    write = tuple(
+        (name, tuple(rules))
+        for name, rules in desired.items()
+        if rules is not None and applied.chains.get(name) != canonical_chain(rules)
+    )
+    remove = tuple(sorted(name for name, rules in desired.items() if rules is None and name in applied.chains))
+    return Transaction(version, write, remove, () if applied.first else tuple(applied.jumps), not applied.first)
+
+
+def _touched_chains(node: Node, journal: Journal, version: int, options: Options) -> dict[str, list[str] | None]:
+    """What the journal names: name → rules, or None for chains that are no longer wanted."""
+    chains: dict[str, list[str] | None] = {}
+    for chain_family, name in sorted(journal.chains):
+        if chain_family == version:
+            chain = node.chains.get((version, name))
+            chains[name] = chain_rules(chain) if chain else None
+    for direction in DIRECTIONS:
+        numbers = {bucket_of(a) for d, a in journal.dispatch if d == direction and family(a) == version}
+        for number in sorted(numbers):
+            entries = (
+                (address, dispatch)
+                for address, dispatch in node.dispatch[direction].items()
+                if family(address) == version and bucket_of(address) == number
+            )
+            chains[bucket_name(direction, number)] = bucket_rules(direction, entries)
+    if journal.dispatch:
+        chains.update(fixed_chains(version, isolates=node.isolates, options=options))
+    return chains
+
+
+def record(applied: Applied, operation: Operation) -> None:
+    """Bring the mirror up to date with an operation that the kernel has carried out."""
+    match operation:
+        case CreateSet(name, kind, version):
+            applied.sets[name] = AppliedSet(kind.value, version, MAXELEM)
+        case AddMembers(name, _, _, members):
+            applied.sets[name].members.update(members)
+        case DeleteMembers(name, _, _, members):
+            applied.sets[name].members.difference_update(members)
+        case SwapSets(name, other):
+            applied.sets[name], applied.sets[other] = applied.sets[other], applied.sets[name]
+        case DestroySet(name):
+            applied.sets.pop(name, None)
+        case Transaction():
+            held = applied.tables[operation.family]
+            for name, rules in operation.write:
+                held.chains[name] = canonical_chain(rules)
+            for name in operation.remove:
+                del held.chains[name]
+            if operation.insert_jump:
+                held.jumps, held.first = [JUMP], True
+        case ForgetConnections():
+            pass
+
+
+def removal(applied: Applied) -> Iterable[Operation]:
+    """What takes all of ours away, and nothing else: rules first, sets after."""
+    for version, held in sorted(applied.tables.items()):
+        if held.chains or held.jumps:
+            yield Transaction(version, (), tuple(sorted(held.chains)), tuple(held.jumps), False)
+    for name in sorted(applied.sets):
+        yield DestroySet(name)
