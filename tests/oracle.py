@@ -6,7 +6,8 @@ neighbour discovery (38) are not its business.
 
 Where the law is silent: an unknown field directly in `spec` isolates both directions and allows nothing; an
 address held by several live pods is judged by the policies of all of them, is a peer when any holder is,
-and named ports resolve on every holder; a faulty egress rule still counts for the default of `policyTypes`;
+and a named port resolves on every holder (in egress: on each that is the peer); a faulty egress rule still
+counts for the default of `policyTypes`;
 an unknown field is a fault even if its value is null; a null item of a list is a fault of what holds it.
 """
 
@@ -478,9 +479,28 @@ def _port_matches(world: World, port: Port, packet: Packet) -> bool:
 
 
 def _rule_allows(world: World, policy: Policy, rule: Rule, packet: Packet, other: Address) -> bool:
-    peers = not rule.peers or any(_peer_matches(world, policy, peer, other) for peer in rule.peers)
-    ports = not rule.ports or any(_port_matches(world, port, packet) for port in rule.ports)
-    return peers and ports
+    return any(
+        _alternative_allows(world, policy, peer, port, packet, other)
+        for peer in rule.peers or [None]
+        for port in rule.ports or [None]
+    )
+
+
+def _alternative_allows(
+    world: World, policy: Policy, peer: Peer | None, port: Port | None, packet: Packet, other: Address
+) -> bool:
+    if peer is not None and not _peer_matches(world, policy, peer, other):
+        return False
+    if port is None:
+        return True
+    if not _port_matches(world, port, packet):
+        return False
+    if peer is None or peer.block is not None or not isinstance(port.first, str) or other == packet.src:
+        return True
+    return any(  # 29: an egress rule's named port resolves on the destination pod that is the peer
+        _selectors_match(world, policy, peer, pod) and pod.resolve(port.first, port.protocol) == packet.port
+        for pod in world.holders(other)
+    )
 
 
 def _isolating(world: World, address: Address, direction: str) -> list[Policy]:

@@ -29,7 +29,7 @@ def parse_address(text: str) -> Address:
 def format_address(address: Address) -> str:
     """The canonical text of a packed address."""
     if len(address) == 4:
-        return "%d.%d.%d.%d" % tuple(address)
+        return ".".join(map(str, address))
     return str(ipaddress.IPv6Address(address))
 
 

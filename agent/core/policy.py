@@ -59,7 +59,8 @@ class PortName(NamedTuple):
 
 
 class PolicyRule(NamedTuple):
-    """One rule, the `ordinal`-th from 0. `peers` None is everyone, () nobody (a rule with a fault); `ports` None is everything.
+    """One rule, the `ordinal`-th from 0. `peers` None is everyone, () nobody (a rule with a fault); `ports` None is
+    everything.
 
     The position of a peer or port in its tuple is its index in the manifest."""
 
@@ -277,9 +278,7 @@ class _Reader:
     def peer(self, value: Any, path: str) -> PodPeer | BlockPeer:
         fields = self.mapping(value, path, ("podSelector", "namespaceSelector", "ipBlock"))
         if not fields:
-            raise self.fault(
-                "peer-empty", path, "an empty peer is refused by the API; to allow everyone leave out the list"
-            )
+            raise self.fault("peer-empty", path, "an empty peer is refused by the API; leave out the list to allow all")
         if "ipBlock" in fields:
             if len(fields) > 1:
                 raise self.fault("ipblock-with-selector", path, "an ipBlock cannot stand beside a selector in one peer")

@@ -161,12 +161,17 @@ class Chain:
 
     @cached_property
     def name(self) -> str:
-        letter = {INGRESS: "I", EGRESS: "E"}[self.direction]
-        return _name(f"NPA-{letter}-", self.family, *(rule.digest for rule in self.rules))
+        return chain_name(self.direction, self.family, [rule.digest for rule in self.rules])
 
     @cached_property
     def sets(self) -> frozenset[SetSpec]:
         return frozenset(s for rule in self.rules for s in rule.match.sets)
+
+
+def chain_name(direction: str, family: int, digests: list[str]) -> str:
+    """The name of a class chain, at most 28 characters, from the digests that stand first in its rules' comments."""
+    letter = {INGRESS: "I", EGRESS: "E"}[direction]
+    return _name(f"NPA-{letter}-", family, *digests)
 
 
 def port_spans(ranges: list[PortRange]) -> tuple[tuple[int, int], ...]:

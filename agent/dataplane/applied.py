@@ -6,6 +6,7 @@ import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from socket import AF_INET, AF_INET6, inet_pton
 
 from agent.core.addresses import V4, Address, Prefix, parse_address
@@ -150,7 +151,7 @@ def parse_ipset_save(text: str) -> dict[str, AppliedSet]:
             held.members.add(_parse_member(held, entry))
         elif line.startswith("create npa"):
             words = line.split(" ")
-            options = dict(zip(words[3:], words[4:]))
+            options = dict(pairwise(words[3:]))
             family = 6 if options.get("family") == "inet6" else V4
             sets[words[1]] = AppliedSet(words[2], family, int(options.get("maxelem", 65536)))
     return sets

@@ -29,7 +29,7 @@ from agent.dataplane.plan import (
     record,
     removal,
 )
-from agent.dataplane.render import Options
+from agent.dataplane.render import OPTIONS, Options
 
 ATTEMPTS = 3
 """A sync that the kernel refuses is planned anew, from what the kernel holds then, so many times in all."""
@@ -50,6 +50,12 @@ class Report:
     connections_forgotten: int = 0
     attempts: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: Report) -> None:
+        """Add another report's writes."""
+        for name, value in vars(other).items():
+            if isinstance(value, int) and name != "attempts":
+                setattr(self, name, getattr(self, name) + value)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -79,12 +85,10 @@ class Dataplane:
     Invariant: the mirror is what the kernel holds, or None when that is not known; then it is read before the next
     plan. Nothing is ever flushed."""
 
-    def __init__(
-        self, backend: Backend, *, options: Options | None = None, families: Iterable[int] | None = None
-    ) -> None:
+    def __init__(self, backend: Backend, *, options: Options = OPTIONS, families: Iterable[int] | None = None) -> None:
         backend.check()
         self.backend = backend
-        self.options = options or Options()
+        self.options = options
         self.families = tuple(families if families is not None else present_families())
         self._ipset = Ipset()
         self._mirror: Applied | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Sequence
 from errno import ENOENT
+from functools import partial
 from socket import AF_INET, AF_INET6, IPPROTO_SCTP, IPPROTO_TCP, IPPROTO_UDP
 from typing import Any
 
@@ -54,26 +55,15 @@ class Ipset:
         netlink = self._open()
         match operation:
             case CreateSet(name, kind, version):
-                self._ask(
-                    f"set {name}",
-                    lambda: netlink.create(
-                        name,
-                        stype=kind.value,
-                        family=_inet(version),
-                        exclusive=False,
-                        hashsize=HASHSIZE,
-                        maxelem=MAXELEM,
-                    ),
-                )
+                form = {"stype": kind.value, "family": _inet(version), "hashsize": HASHSIZE, "maxelem": MAXELEM}
+                self._ask(f"set {name}", partial(netlink.create, name, exclusive=False, **form))
             case AddMembers(name, kind, version, members) | DeleteMembers(name, kind, version, members):
                 change = netlink.add if isinstance(operation, AddMembers) else netlink.delete
                 etype = kind.value.partition(":")[2]
                 for member in members:
-                    entry = _entry(member)
-                    self._ask(
-                        f"set {name}, entry {format_member(member)}",
-                        lambda entry=entry: change(name, entry, family=_inet(version), exclusive=False, etype=etype),
-                    )
+                    what = f"set {name}, entry {format_member(member)}"
+                    form = {"family": _inet(version), "exclusive": False, "etype": etype}
+                    self._ask(what, partial(change, name, _entry(member), **form))
             case SwapSets(name, other):
                 self._ask(f"sets {name} and {other}", lambda: netlink.swap(name, other))
             case DestroySet(name):

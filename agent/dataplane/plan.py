@@ -120,7 +120,7 @@ def plan(node: Node, journal: Journal, applied: Applied, options: Options, *, ev
     transactions = []
     for version, held in sorted(applied.tables.items()):
         if everything:
-            released |= _handed_over(node, held)
+            released.update(_handed_over(node, held))
             desired: Mapping[str, list[str] | None] = dict.fromkeys(held.chains) | table(node, version, options)
         else:
             desired = _touched_chains(node, journal, version, options)
@@ -140,7 +140,7 @@ def plan(node: Node, journal: Journal, applied: Applied, options: Options, *, ev
 
 
 def _handed_over(node: Node, held: AppliedTable) -> Iterator[Address]:
-    """Addresses that the dispatch in the kernel gives to pods which do not hold them now: released while we were away."""
+    """Addresses that the kernel dispatches for pods which do not hold them now: released while we were away."""
     for address, pods in dispatched(held).items():
         holders = {holder.key for holder in node.cluster.holders(address)}
         if not holders.issuperset(pods.split()):

@@ -31,6 +31,10 @@ class Options(NamedTuple):
     multicast: bool = False
 
 
+OPTIONS = Options()
+"""What a node gets that asks for nothing else."""
+
+
 # --- chains ----------------------------------------------------------------------------------------------------------
 
 

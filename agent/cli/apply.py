@@ -1,0 +1,100 @@
+"""`apply`: enforce what files say, once, in this network namespace."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import click
+
+from agent.cli.options import backend_option, chosen_backend, input_options, multicast_option
+from agent.cli.output import Applied, Counts, Writes, output_option, print_json
+from agent.cli.sources import node_state, read_inventory, warn
+from agent.core.findings import Finding
+from agent.core.inventory import Inventory
+from agent.core.node import Node
+from agent.dataplane.dataplane import Dataplane
+from agent.dataplane.environment import problems
+from agent.dataplane.render import Options
+
+
+@click.command()
+@input_options
+@click.option("--node", "node_name", required=True, help="The node whose pods are judged here, as in spec.nodeName.")
+@backend_option
+@multicast_option
+@output_option
+def apply(
+    files: tuple[str, ...], namespace: str, node_name: str, backend: str, allow_multicast: bool, output: str
+) -> None:
+    """Enforce the policies of files on the pods of one node, in the current network namespace.
+
+    Prints what it changed; a second time nothing is written. Pods count as they are: what a Deployment would create
+    is not enforced (see `lab`). Rules of other programs are left alone.
+
+    \b
+    Examples:
+      kubectl get ns,pods,netpol -A -o yaml | netpol-agent apply -f - --node node1
+      netpol-agent apply -f cluster.yaml -f policies/ --node node1 --backend nft -o json
+
+    Exit codes: 0 enforced; 2 bad input, nothing was written; 3 the kernel refused, what was enforced before stays.
+    """
+    inventory = read_inventory(files, namespace)
+    node = node_state(inventory, node_name)
+    findings = [*inventory.findings, *_no_such_node(inventory, node_name)]
+    warn(findings)
+    dataplane = Dataplane(chosen_backend(backend), options=Options(multicast=allow_multicast))
+    try:
+        begin = perf_counter()
+        report = dataplane.sync(node)
+        report.add(dataplane.leave_other_backend())
+        milliseconds = (perf_counter() - begin) * 1000
+    finally:
+        dataplane.close()
+    result = Applied(
+        node=node_name,
+        backend=dataplane.backend.name,
+        changed=report.writes > 0,
+        writes=Writes.of(report),
+        milliseconds=round(milliseconds, 1),
+        counts=count(node),
+        findings=tuple(findings),
+        problems=problems(node),
+    )
+    if output == "json":
+        print_json(result)
+        return
+    for problem in result.problems:
+        click.secho(f"warning: {problem}", err=True, fg="yellow")
+    counts = result.counts
+    assert counts is not None
+    click.echo(
+        f"{node_name} ({result.backend}): {counts.policies} policies isolate {counts.isolated_pods} of "
+        f"{counts.local_pods} pods here; {counts.chains} classes, {counts.sets} sets, {counts.members} members"
+    )
+    if result.changed:
+        click.echo(f"changed: {result.writes} in {result.milliseconds} ms")
+    else:
+        click.echo("unchanged: 0 kernel writes")
+
+
+def _no_such_node(inventory: Inventory, name: str) -> list[Finding]:
+    nodes = sorted({pod.node for pod in inventory.pods.values() if pod.node})
+    if name in nodes:
+        return []
+    there = f"the nodes with pods are {', '.join(nodes)}" if nodes else "no pod names a node"
+    return [Finding("node-without-pods", f"Node {name}", "", f"no pod of the input is on it; {there}")]
+
+
+def count(node: Node) -> Counts:
+    """The sizes of a node's desired state."""
+    cluster = node.cluster
+    isolated = {pod for table in node.dispatch.values() for dispatch in table.values() for pod in dispatch.pods.split()}
+    return Counts(
+        policies=len({k for chain in node.chains.values() for k in chain.rules[-1].origin.policies}),
+        pods=len(cluster.pods),
+        local_pods=sum(1 for pod in cluster.pods.values() if pod.local and pod.group is not None),
+        isolated_pods=len(isolated),
+        sets=len(node.sets.active),
+        members=sum(len(set(active.members())) for active in node.sets.active.values()),
+        chains=len(node.chains),
+    )

@@ -1,0 +1,42 @@
+"""`clean`: take away all that is ours."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import click
+
+from agent.cli.options import backend_option, chosen_backend
+from agent.cli.output import Applied, Writes, output_option, print_json
+from agent.dataplane.dataplane import Dataplane
+
+
+@click.command()
+@backend_option
+@output_option
+def clean(backend: str, output: str) -> None:
+    """Take away every chain, rule and set of netpol-agent in this network namespace, and nothing else.
+
+    Works from any half-made state, on both iptables backends. Traffic is no longer judged afterwards.
+
+    \b
+    Examples:
+      netpol-agent clean
+      netpol-agent clean -o json
+
+    Exit codes: 0 nothing of ours is left; 3 the kernel refused.
+    """
+    dataplane = Dataplane(chosen_backend(backend))
+    try:
+        begin = perf_counter()
+        report = dataplane.clean()
+        milliseconds = round((perf_counter() - begin) * 1000, 1)
+    finally:
+        dataplane.close()
+    writes = Writes.of(report)
+    if output == "json":
+        print_json(Applied("", dataplane.backend.name, report.writes > 0, writes, milliseconds, None, (), ()))
+    elif report.writes:
+        click.echo(f"clean: {writes} in {milliseconds} ms")
+    else:
+        click.echo("clean: nothing of ours is here")

@@ -1,0 +1,62 @@
+"""netpol-agent: the command and its exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from agent import __version__
+from agent.cli.apply import apply
+from agent.cli.clean import clean
+from agent.cli.render import render
+from agent.cli.status import status
+from agent.core.findings import BadInput
+from agent.dataplane.errors import KernelError
+from agent.lab.enclosure import LabUnavailable
+
+DONE, FINDINGS, BAD_INPUT, COULD_NOT = 0, 1, 2, 3
+"""Exit codes; a verb that answers with FINDINGS says for what."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="netpol-agent")
+def cli() -> None:
+    """Enforce Kubernetes NetworkPolicy on a node with iptables and ipset, and say why.
+
+    \b
+    Examples:
+      kubectl get ns,pods,netpol -A -o yaml | netpol-agent apply -f - --node "$(hostname)"
+      netpol-agent render -f manifests/ --node node1
+      netpol-agent lab -f manifests/
+
+    \b
+    Exit codes: 0 done or allowed; 1 denied or findings; 2 usage or bad input; 3 could not.
+    """
+
+
+for command in (apply, render, status, clean):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The entry point: runs a verb, and turns what it raises into one error and an exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except BadInput as error:
+        for finding in dict.fromkeys(error.findings):
+            click.secho(f"error: {finding}", err=True, fg="red")
+        code = BAD_INPUT
+    except (KernelError, LabUnavailable) as error:
+        click.secho(f"error: {error}", err=True, fg="red")
+        code = COULD_NOT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = DONE
+    sys.exit(code or DONE)

@@ -1,0 +1,52 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from agent.dataplane.iptables import BACKENDS, Backend, detect
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def input_options(function: F) -> F:
+    """`-f` and `-n`."""
+    function = click.option(
+        "-n", "--namespace", default="default", help="Namespace of objects that name none.", show_default=True
+    )(function)
+    return click.option(
+        "-f",
+        "--filename",
+        "files",
+        multiple=True,
+        metavar="FILE|DIR|-",
+        help="Manifests: YAML or JSON, a directory of them, or - for standard input. May be given several times.",
+    )(function)
+
+
+def backend_option(function: F) -> F:
+    """`--backend auto|nft|legacy`."""
+    return click.option(
+        "--backend",
+        type=click.Choice(["auto", *BACKENDS]),
+        default="auto",
+        help="Which iptables to write; auto is the one that kubelet and kube-proxy use here.",
+        show_default=True,
+    )(function)
+
+
+def multicast_option(function: F) -> F:
+    """`--allow-multicast`."""
+    return click.option(
+        "--allow-multicast",
+        is_flag=True,
+        help="Leave bridged broadcast and multicast open beside isolated pods.",
+    )(function)
+
+
+def chosen_backend(name: str) -> Backend:
+    """The backend of the flag."""
+    return detect() if name == "auto" else Backend(name)
