@@ -60,7 +60,7 @@ def outside_lines(spec: FabricSpec) -> list[str]:
     lines.append(f"addr add {_DEFAULT_HOP[6]}/64 dev eth0 nodad")
     lines += [_address(address, "eth0") for address in spec.outside]
     for position, node in enumerate(spec.nodes):
-        lines += _to_node(node, position, {v: "" for v in (4, 6)})
+        lines += _to_node(node, position, dict.fromkeys((4, 6), ""))
     for pod in spec.pods:
         lines += remote_pod_lines(spec, pod, None)
     return lines
@@ -104,9 +104,9 @@ def remote_pod_lines(spec: FabricSpec, pod: PodSpec, here: NodeSpec | None, verb
     position = next(number for number, node in enumerate(spec.nodes) if node.name == pod.node)
     home = spec.nodes[position]
     return [
-        f"route {verb} {address}/{_HOST[family(address)]} via {_hop(home, position, family(address))} dev eth0 onlink"
-        + (_source(here, family(address)) if here else "")
-        for address in pod.addresses
+        f"route {verb} {address}/{_HOST[version]} via {_hop(home, position, version)} dev eth0 onlink"
+        + (_source(here, version) if here else "")
+        for address, version in ((address, family(address)) for address in pod.addresses)
     ]
 
 
@@ -143,7 +143,7 @@ def pod_lines(spec: FabricSpec, pod: PodSpec) -> list[str]:
         addresses = [address for address in pod.addresses if family(address) == version]
         if spec.mode == "bridged":
             lines += [
-                f"addr add {address}/{_LINK[version]}{' brd +' if version == 4 else ''} dev eth0{_nodad(version)}"
+                f"addr add {address}/{_LINK[version]} dev eth0{' brd +' if version == 4 else _nodad(6)}"
                 for address in addresses
             ]
             gateway = bridge_gateway(spec, prefix_of(addresses[0])) if addresses else None
@@ -174,7 +174,8 @@ def pod_routes(spec: FabricSpec, pod: PodSpec) -> frozenset[str]:
     for address in _all_addresses(spec):
         prefix = prefix_of(address)
         if prefix in links and address not in here and prefix.version in spoken:
-            home = prefix if prefix in own else next(mine for mine in sorted(own, key=str) if mine.version == prefix.version)
+            mine = sorted((p for p in own if p.version == prefix.version), key=str)
+            home = prefix if prefix in own else mine[0]
             routes.add(f"{address}/{_HOST[prefix.version]} via {bridge_gateway(spec, home)} dev eth0 onlink")
     return frozenset(routes)
 
@@ -184,11 +185,14 @@ Prefix = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @functools.lru_cache(maxsize=65536)
 def prefix_of(address: str) -> Prefix:
-    """The link (/24 or /64) that an address of the bridged mode is on. ValueError when it names the link itself."""
+    """The link (/24 or /64) that an address of the bridged mode is on.
+
+    Raises ValueError when the address stands for the link itself or its broadcast.
+    """
     prefix = ipaddress.ip_network(f"{address}/{_LINK[family(address)]}", strict=False)
     plain = ipaddress.ip_address(address)
     if plain == prefix.network_address or (prefix.version == 4 and plain == prefix.broadcast_address):
-        raise ValueError(f"{address} cannot be a pod's address on a bridge: it is the first or last of {prefix}")
+        raise ValueError(f"{address} cannot be a pod's on a bridge: it is the first or last of {prefix}")
     return prefix
 
 

@@ -80,7 +80,11 @@ def run(work: Callable[[], int]) -> int:
     return code
 
 
-def hold(name: str, work: Callable[[Callable[[dict[str, Any]], None]], int]) -> None:
+Held = Callable[[Callable[[dict[str, Any]], None]], int]
+"""What runs in a held enclosure: given `ready`, to be called once with the topology; returns an exit code."""
+
+
+def hold(name: str, work: Held) -> None:
     """Start an enclosure that stays, and return when it is ready.
 
     `work(ready)` runs inside, without a terminal; it calls `ready(topology)` once (a JSON object that
@@ -98,7 +102,7 @@ def hold(name: str, work: Callable[[Callable[[dict[str, Any]], None]], int]) -> 
             os.setsid()
             if os.fork():
                 os._exit(0)
-            _daemon(name, theirs, work)
+            _daemon(theirs, work)
         theirs.close()
         os.waitpid(first, 0)
         init: int | None = None
@@ -238,7 +242,7 @@ def _settle(mask: set[int]) -> None:
     supervision.restore(mask)
 
 
-def _daemon(name: str, channel: socket.socket, work: Callable[[Callable[[dict[str, Any]], None]], int]) -> None:
+def _daemon(channel: socket.socket, work: Held) -> None:
     """Be the keeper of a held enclosure, away from the caller's terminal. Never returns."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):

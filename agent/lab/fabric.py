@@ -19,7 +19,7 @@ from typing import Any
 from agent.lab import addressing
 from agent.lab.enclosure import LabUnavailable, is_inside
 from agent.lab.namespaces import CLONE_NEWNET, MS_BIND, mount, setns, unmount, unshare
-from agent.lab.spec import OUTSIDE, FabricSpec, NodeSpec, PodSpec, node_key
+from agent.lab.spec import OUTSIDE, FabricSpec, NodeSpec, PodSpec, node_key, plain
 
 _NETNS = "/run/netns"
 _MY_NETWORK = "/proc/thread-self/ns/net"
@@ -73,13 +73,10 @@ class Fabric:
         return [node.key for node in self._spec.nodes] + [pod.key for pod in self._spec.pods] + [OUTSIDE]
 
     def owner(self, address: str) -> str | None:
-        """The key of whoever has an address (in its usual spelling), None when nobody has."""
+        """The key of whoever has an address , None when nobody has."""
         if self._owners is None:
-            owners = {address: OUTSIDE for address in self._spec.outside}
-            owners.update((a, pod.key) for pod in self._spec.pods if not pod.host_network for a in pod.addresses)
-            owners.update((a, node.key) for node in self._spec.nodes for a in node.addresses)
-            self._owners = owners
-        return self._owners.get(address)
+            self._owners = {plain(address): key for key, address in self._spec.held()}
+        return self._owners.get(plain(address))
 
     def home(self, key: str) -> str:
         """The key of the namespace that a node, pod or outside lives in: a hostNetwork pod's is its node's.
@@ -133,7 +130,7 @@ class Fabric:
         self._adapt(before)
 
     def remove_pod(self, key: str) -> None:
-        """End a pod: its interface goes at once, its namespace with the last socket in it. Raises KeyError."""
+        """End a pod: its interface at once, its namespace with the last socket in it. Raises KeyError."""
         pod = next((pod for pod in self._spec.pods if pod.key == key), None)
         if pod is None:
             raise KeyError(f"{key} is not in the lab")
@@ -264,7 +261,9 @@ def build(spec: FabricSpec) -> Fabric:
         raise RuntimeError("a fabric is built in an enclosure only, and by its main thread")
     spec.check()
     if spec.mode == "bridged" and not os.path.exists("/proc/sys/net/bridge"):
-        raise LabUnavailable("bridged pods need the kernel module br_netfilter: run `modprobe br_netfilter` as root")
+        raise LabUnavailable(
+            "bridged pods need the kernel module br_netfilter: run `modprobe br_netfilter` as root"
+        )
     fabric = Fabric(spec)
     try:
         fabric._build()

@@ -1,4 +1,4 @@
-"""What is written down about enclosures that stay: one JSON file each, and whether it still tells the truth."""
+"""What is written down about enclosures that stay, one JSON file each, and whether it is still true."""
 
 import contextlib
 import fcntl
@@ -76,7 +76,8 @@ def locked() -> Iterator[None]:
 
 def names() -> list[str]:
     """The enclosures that are up, by name; state that is stale is taken away."""
-    return [name for name in sorted(file.stem for file in directory().glob("*.json")) if read(name) is not None]
+    found = sorted(file.stem for file in directory().glob("*.json"))
+    return [name for name in found if read(name) is not None]
 
 
 def write(name: str, pid: int, topology: dict[str, Any]) -> None:

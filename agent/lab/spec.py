@@ -89,12 +89,13 @@ class FabricSpec:
             seen.add(pod.key)
             if pod.node not in nodes:
                 raise ValueError(f"pod {pod.key} is on node {pod.node!r}, which is not in the lab")
-        for key, address in self._held():
-            plain = str(ipaddress.ip_address(address))
-            if holders.setdefault(plain, key) != key:
-                raise ValueError(f"{holders[plain]} and {key} have the same address {plain}")
+        for key, address in self.held():
+            usual = plain(address)
+            if holders.setdefault(usual, key) != key:
+                raise ValueError(f"{holders[usual]} and {key} have the same address {usual}")
 
-    def _held(self) -> Iterator[tuple[str, str]]:
+    def held(self) -> Iterator[tuple[str, str]]:
+        """Every address with the key of its holder, hostNetwork pods left out."""
         for node in self.nodes:
             yield from ((node.key, address) for address in node.addresses)
         yield from ((OUTSIDE, address) for address in self.outside)
@@ -107,6 +108,12 @@ class FabricSpec:
 def family(address: str) -> int:
     """4 or 6."""
     return ipaddress.ip_address(address).version
+
+
+@functools.lru_cache(maxsize=65536)
+def plain(address: str) -> str:
+    """The address in its usual spelling. Raises ValueError for what is none."""
+    return str(ipaddress.ip_address(address))
 
 
 def first(addresses: Iterable[str], version: int) -> str | None:
