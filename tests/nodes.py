@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from agent.core.addresses import FAMILIES
-from agent.core.node import Journal, Node
+from agent.core.node import Node
 from agent.core.objects import decode_namespace, decode_pod
 from agent.core.policy import read_policy
 from agent.dataplane.applied import Applied, AppliedTable
@@ -24,7 +24,7 @@ from agent.dataplane.plan import (
     plan,
     record,
 )
-from agent.dataplane.render import OPTIONS, create_text, format_member
+from agent.dataplane.render import OPTIONS, create_text, format_member, table
 from tests.tracer import Packet, Sets, Tables, trace
 
 Object = Mapping[str, Any]
@@ -124,6 +124,13 @@ class Kernel:
             case ForgetConnections():
                 pass
 
+    def content(self) -> dict[str, Any]:
+        """All that is programmed, comparable with `snapshot`."""
+        return {
+            "sets": {name: one.members for name, one in self.sets.items()},
+            "tables": {v: {n: [r.text for r in c] for n, c in t.chains.items()} for v, t in self.tables.items()},
+        }
+
     def passes(self, src: str, dst: str, protocol: str, port: int | None, **more: Any) -> bool:
         """Whether a packet of a new connection gets through FORWARD."""
         echo = {"ICMP": 8, "ICMPv6": 128}.get(protocol)
@@ -139,4 +146,9 @@ def _smallest(operation: Operation) -> Iterator[Operation]:
         yield operation
 
 
-EMPTY_JOURNAL = Journal({}, set(), set(), set())
+def snapshot(node: Node) -> dict[str, Any]:
+    """All that a node desires, comparable."""
+    return {
+        "sets": {n: frozenset(map(format_member, s.members())) for n, s in node.sets.active.items()},
+        "tables": {version: table(node, version, OPTIONS) for version in FAMILIES},
+    }

@@ -1,8 +1,4 @@
-"""The order of change: every plan, checked after each single kernel operation against the worlds before and after.
-
-A packet may look up twice between two operations, so each is also walked across two moments: the rules and sets seen
-by the first look-ups are those before an operation, by the later ones those after it.
-"""
+"""The order of change: every plan, checked after each single kernel operation against the worlds before and after."""
 
 from __future__ import annotations
 
