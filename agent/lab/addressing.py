@@ -32,8 +32,9 @@ def _hop(node: NodeSpec, position: int, version: int) -> str:
     return first(node.addresses, 4) or str(ipaddress.ip_address("169.254.128.2") + position)
 
 
-def _source(node: NodeSpec, version: int) -> str:
-    own = first(node.addresses, version)
+def _source(addresses: tuple[str, ...], version: int) -> str:
+    """Has the first address be the usual one of a host with several: IPv6 would choose the last."""
+    own = first(addresses, version)
     return f" src {own}" if own else ""
 
 
@@ -60,7 +61,7 @@ def outside_lines(spec: FabricSpec) -> list[str]:
     lines.append(f"addr add {_DEFAULT_HOP[6]}/64 dev eth0 nodad")
     lines += [_address(address, "eth0") for address in spec.outside]
     for position, node in enumerate(spec.nodes):
-        lines += _to_node(node, position, dict.fromkeys((4, 6), ""))
+        lines += _to_node(node, position, {version: _source(spec.outside, version) for version in (4, 6)})
     for pod in spec.pods:
         lines += remote_pod_lines(spec, pod, None)
     return lines
@@ -69,7 +70,7 @@ def outside_lines(spec: FabricSpec) -> list[str]:
 def node_lines(spec: FabricSpec, node: NodeSpec) -> list[str]:
     """A node without its pods: its uplink, its bridge, the ways to the other nodes and their pods."""
     position = spec.nodes.index(node)
-    sources = {version: _source(node, version) for version in (4, 6)}
+    sources = {version: _source(node.addresses, version) for version in (4, 6)}
     lines = ["link set dev lo up", "link set dev eth0 up"]
     lines += [_address(address, "eth0") for address in node.addresses]
     lines.append(f"addr add {_hop(node, position, 6)}/64 dev eth0 nodad")
@@ -105,7 +106,7 @@ def remote_pod_lines(spec: FabricSpec, pod: PodSpec, here: NodeSpec | None, verb
     home = spec.nodes[position]
     return [
         f"route {verb} {address}/{_HOST[version]} via {_hop(home, position, version)} dev eth0 onlink"
-        + (_source(here, version) if here else "")
+        + _source(here.addresses if here else spec.outside, version)
         for address, version in ((address, family(address)) for address in pod.addresses)
     ]
 
@@ -129,7 +130,7 @@ def local_pod_lines(spec: FabricSpec, pod: PodSpec, index: int, file: str) -> li
     for address in pod.addresses:
         version = family(address)
         lines += [
-            f"route add {address}/{_HOST[version]} dev {port}{_source(node, version)}",
+            f"route add {address}/{_HOST[version]} dev {port}{_source(node.addresses, version)}",
             # Permanent neighbours do not count towards the kernel's one limit for all namespaces.
             f"neigh add {address} lladdr {pod_mac(index)} dev {port} nud permanent",
         ]
@@ -152,7 +153,7 @@ def pod_lines(spec: FabricSpec, pod: PodSpec) -> list[str]:
             gateway = POD_GATEWAY[version]
             lines.append(f"neigh add {gateway} lladdr {GATEWAY_MAC} dev eth0 nud permanent")
         if addresses:
-            lines.append(f"route add default via {gateway} dev eth0 onlink")
+            lines.append(f"route add default via {gateway} dev eth0 onlink{_source(pod.addresses, version)}")
     return lines
 
 

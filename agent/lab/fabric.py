@@ -68,7 +68,7 @@ class Fabric:
         """What there is now, added and removed pods accounted for."""
         return self._spec
 
-    def keys(self) -> list[str]:
+    def sources(self) -> list[str]:
         """All that can be a source: nodes, pods, outside."""
         return [node.key for node in self._spec.nodes] + [pod.key for pod in self._spec.pods] + [OUTSIDE]
 
@@ -185,7 +185,7 @@ class Fabric:
 
     def _pod_lines(self, pod: PodSpec) -> list[str]:
         extra = sorted(addressing.pod_routes(self._spec, pod))
-        return addressing.pod_lines(self._spec, pod) + [f"{_route(line)} add {line}" for line in extra]
+        return addressing.pod_lines(self._spec, pod) + [f"route add {line}" for line in extra]
 
     def _adapt(self, before: FabricSpec) -> None:
         """Bridged: pods that were there get the routes that a change of pods asks for."""
@@ -195,8 +195,8 @@ class Fabric:
             if pod.host_network or pod.key not in self._files:
                 continue
             old, new = addressing.pod_routes(before, pod), addressing.pod_routes(self._spec, pod)
-            lines = [f"{_route(line)} add {line}" for line in new - old]
-            self._ip(pod.key, lines + [f"{_route(line)} del {line}" for line in old - new])
+            lines = [f"route add {line}" for line in new - old]
+            self._ip(pod.key, lines + [f"route del {line}" for line in old - new])
 
     def _check_bridge(self, spec: FabricSpec, pod: PodSpec) -> None:
         if spec.mode == "routed" or pod.host_network:
@@ -298,11 +298,6 @@ def run_here(command: list[str], text: str, what: str) -> str:
     if done.returncode:
         raise LabUnavailable(f"{what}: {' '.join(command)} failed: {done.stderr.strip()}")
     return done.stdout
-
-
-def _route(line: str) -> str:
-    # Without it a route by device alone would be taken for IPv4.
-    return "-6 route" if ":" in line else "route"
 
 
 def _file_name(key: str) -> str:

@@ -99,7 +99,12 @@ class Flight:
         try:
             data = made.recv(4096)
         except BlockingIOError:
-            return []
+            # An ICMP error that came back while connect() still ran is only in the queue.
+            waiting = next(errors(made), None)
+            if waiting is None:
+                return []
+            self.fail(waiting[1], waiting[2])
+            return [self.number]
         except OSError as trouble:
             offender = next((origin for _, _, origin in errors(made)), None)
             self.fail(trouble.errno or 0, offender)

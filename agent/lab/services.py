@@ -75,7 +75,7 @@ def rules(
         chains.append(chain)
         nat += [f"-A LAB-SERVICES {place} {said} -j {chain}" for place in places]
         if port.node_port is not None:
-            # Marked for every client: the endpoint may be on another node, and its answer must come back here.
+            # Marked for every client: an endpoint on another node has to answer by way of this one.
             nat += [
                 f"-A LAB-NODEPORTS {node_place} {said} -j LAB-MASQUERADE",
                 f"-A LAB-NODEPORTS {node_place} {said} -j {chain}",
@@ -126,9 +126,11 @@ def load(fabric: Fabric, services: Sequence[ServiceSpec], backend: Backend) -> N
 
 def _removal(chains: set[str]) -> str:
     """The text that deletes chains to which no rule leads any more but their own."""
+    if not chains:
+        return ""
     ordered = sorted(chains)
     flush = [f":{chain} - [0:0]" for chain in ordered]
-    return "\n".join(["*nat", *flush, *(f"-X {chain}" for chain in ordered), "COMMIT"]) + "\n" if chains else ""
+    return "\n".join(["*nat", *flush, *(f"-X {chain}" for chain in ordered), "COMMIT"]) + "\n"
 
 
 def _ports(services: Sequence[ServiceSpec]) -> Iterator[tuple[ServiceSpec, ServicePort]]:
