@@ -10,6 +10,7 @@ import click
 from agent import __version__
 from agent.cli.apply import apply
 from agent.cli.clean import clean
+from agent.cli.lab import lab
 from agent.cli.render import render
 from agent.cli.status import status
 from agent.core.findings import BadInput
@@ -29,14 +30,14 @@ def cli() -> None:
     Examples:
       kubectl get ns,pods,netpol -A -o yaml | netpol-agent apply -f - --node "$(hostname)"
       netpol-agent render -f manifests/ --node node1
-      netpol-agent lab -f manifests/
+      netpol-agent lab matrix -f manifests/
 
     \b
     Exit codes: 0 done or allowed; 1 denied or findings; 2 usage or bad input; 3 could not.
     """
 
 
-for command in (apply, render, status, clean):
+for command in (apply, render, status, clean, lab):
     cli.add_command(command)
 
 

@@ -11,6 +11,7 @@ import msgspec
 
 from agent.core.findings import Finding
 from agent.dataplane.dataplane import Report
+from agent.lab.matrix import Answer
 
 
 class Writes(msgspec.Struct, frozen=True, rename="camel"):
@@ -114,7 +115,14 @@ class Status(msgspec.Struct, frozen=True, rename="camel"):
     problems: tuple[str, ...]
 
 
-SCHEMAS = {"apply": Applied, "clean": Applied, "render": Rendered, "status": Status}
+class MatrixResult(msgspec.Struct, frozen=True):
+    """`lab matrix -o json` and `lab probe -o json`."""
+
+    answers: tuple[Answer, ...]
+    mismatches: int
+
+
+SCHEMAS = {"apply": Applied, "clean": Applied, "render": Rendered, "status": Status, "lab": MatrixResult}
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -17,14 +17,19 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 def read_inventory(files: Iterable[str], namespace: str) -> Inventory:
     """All objects of the files. Raises BadInput for what cannot be decoded, click.UsageError for what is not there."""
-    files = list(files)
-    if not files:
-        raise click.UsageError("no input: give -f FILE|DIR|- (as kubectl get ns,pods,netpol -A -o yaml prints it)")
     inventory = Inventory(namespace)
-    for name, data in _contents(files):
+    for name, data in read_files(files):
         inventory.read(data, name)
     inventory.finish()
     return inventory
+
+
+def read_files(files: Iterable[str]) -> list[tuple[str, bytes]]:
+    """(name, bytes) of every file. Raises click.UsageError."""
+    files = list(files)
+    if not files:
+        raise click.UsageError("no input: give -f FILE|DIR|- (as kubectl get ns,pods,netpol -A -o yaml prints it)")
+    return list(_contents(files))
 
 
 def _contents(files: Iterable[str]) -> Iterator[tuple[str, bytes]]:

@@ -12,8 +12,8 @@ from agent.core.addresses import parse_address
 from agent.core.judge import Connection, judge
 from agent.core.node import Node
 from agent.core.rules import Rule, Verdict
+from agent.lab.services import ServiceSpec
 from agent.lab.spec import FabricSpec, first, plain
-from agent.lab.staging import ServiceSpec
 
 
 @dataclass(frozen=True)

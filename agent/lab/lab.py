@@ -102,6 +102,11 @@ class Lab:
                 found += [f"{name}: {problem}" for problem in problems(node)]
         return Enforced(reports, seconds, tuple(found))
 
+    def observe(self, inventory: Inventory, pods: Mapping[str, Pod]) -> None:
+        """Know the objects without writing: another process has enforced them."""
+        _tell(self.cluster, self._seen, inventory, pods)
+        self._seen = Objects(dict(inventory.namespaces), dict(pods), dict(inventory.policies))
+
     def expectation(self, stage: Stage) -> Expectation:
         """What the policies say, of the objects last enforced."""
         return Expectation(self.cluster, self.fabric.spec, stage.services)

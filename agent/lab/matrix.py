@@ -11,7 +11,7 @@ from agent.lab.expectation import Expectation, Expected
 from agent.lab.fabric import Fabric
 from agent.lab.probes import Outcome, Probe, probe
 from agent.lab.spec import OUTSIDE, family
-from agent.lab.staging import Port, Stage
+from agent.lab.staging import DEFAULT_PORT, Port, Stage
 
 PATIENCE = 1.5
 
@@ -47,9 +47,17 @@ class Answer(msgspec.Struct, frozen=True, rename="camel"):
     why: str
 
 
-def questions(stage: Stage, fabric: Fabric, *, ports: Sequence[Port] = (), ends: Sequence[str] = ()) -> list[Question]:
+def questions(
+    stage: Stage,
+    fabric: Fabric,
+    *,
+    ports: Sequence[Port] = (),
+    ends: Sequence[str] = (),
+    with_services: bool = False,
+) -> list[Question]:
     """Every ordered pair of pods and the outside host, on each port that the destination serves, in each family both
-    have. `ports` replaces those; `ends` keeps only pairs of these keys."""
+    have. `ports` replaces those; `ends` keeps only pairs of these keys. `with_services` asks the Services' cluster
+    addresses, too; nobody outside has a route to those."""
     pods = [pod.key for pod in fabric.spec.pods]
     keys = [key for key in (*pods, OUTSIDE) if not ends or key in ends]
     held: dict[str, list[str]] = {}
@@ -57,19 +65,21 @@ def questions(stage: Stage, fabric: Fabric, *, ports: Sequence[Port] = (), ends:
         held.setdefault(key, []).append(address)
     for pod in fabric.spec.pods:
         held.setdefault(pod.key, list(pod.addresses))
-    found = []
-    for source in keys:
-        for destination in keys:
-            if source == destination:
-                continue
-            asked = ports or stage.ports.get(destination) or [("TCP", 80)]
-            for protocol, port in asked:
-                for version in (4, 6):
-                    own = _first(held.get(source, ()), version)
-                    other = _first(held.get(destination, ()), version)
-                    if own and other and own != other:
-                        found.append(Question(source, own, destination, other, protocol, port))
-    return found
+    asked = {key: tuple(ports) or stage.ports.get(key) or (DEFAULT_PORT,) for key in keys}
+    for service in stage.services if with_services else ():
+        key = f"svc/{service.namespace}/{service.name}"
+        held[key] = list(service.cluster_ips)
+        asked[key] = tuple((port.protocol, port.port) for port in service.ports)
+    return [
+        Question(source, own, destination, other, protocol, port)
+        for source in keys
+        for destination in asked
+        if source != destination and not (source == OUTSIDE and destination.startswith("svc/"))
+        for protocol, port in asked[destination]
+        for version in (4, 6)
+        if (own := _first(held.get(source, ()), version)) and (other := _first(held.get(destination, ()), version))
+        if own != other
+    ]
 
 
 def _first(addresses: Iterable[str], version: int) -> str | None:

@@ -163,8 +163,8 @@ def _services(inventory: Inventory, pods: Mapping[str, Pod], families: tuple[int
             continue
         addresses = tuple(map(format_address, service.addresses))
         if not addresses and not service.headless:
-            number = next(numbers)
-            given = {4: f"10.96.{number >> 8}.{number & 255}", 6: f"fd96::{number:x}"}
+            spare = next(numbers)
+            given = {4: f"10.96.{spare >> 8}.{spare & 255}", 6: f"fd96::{spare:x}"}
             addresses = tuple(given[version] for version in families)
         own = [pod for _, pod in sorted(pods.items()) if _selected(service, pod)]
         ports = []
