@@ -1,0 +1,48 @@
+# netpol-agent: `make` prints what there is. Everything runs from a clean clone on Debian with Python 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+PACKAGES := iptables ipset iproute2 conntrack nftables procps kmod util-linux
+SCENARIO ?= all
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help packages venv demo test unit lint bench clean
+
+help:
+	@echo 'make demo [SCENARIO=a|b|c]   play the scenarios: real packets through real rules, beside what the policies say'
+	@echo 'make test                    every test; those that need root run where root is had'
+	@echo 'make unit                    the tests that need neither root nor a kernel feature'
+	@echo 'make lint                    ruff, mypy --strict, layers'
+	@echo 'make bench                   measure, and write docs/benchmarks.md'
+	@echo 'make venv                    leaves $(BIN)/netpol-agent'
+	@echo 'make clean                   remove what these have made'
+
+# Debian's packages, only when a command of theirs is missing.
+packages:
+	@deploy/packages $(PACKAGES)
+
+$(VENV)/.ready: pyproject.toml deploy/constraints.txt deploy/venv
+	@PYTHON='$(PYTHON)' VENV='$(VENV)' deploy/venv
+
+venv: $(VENV)/.ready
+
+demo: packages venv
+	@SCENARIO='$(SCENARIO)' NETPOL_AGENT='$(BIN)/netpol-agent' deploy/demo
+
+test: packages venv
+	@$(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTS)
+
+unit: venv
+	@$(BIN)/pytest -n $(JOBS) -m 'not root' $(TESTS)
+
+lint: venv
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports >/dev/null && echo 'lint: clean'
+
+bench: packages venv
+	@$(BIN)/python -m tests.bench $(BENCH)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""What the agent costs: `python -m tests.bench` measures it and writes docs/benchmarks.md."""

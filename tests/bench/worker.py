@@ -1,0 +1,48 @@
+"""One benchmark in this process: `python -m tests.bench.worker NAME '{"argument": …}'` prints its result as JSON.
+
+Only inside network and mount namespaces of its own: see tests.bench.enclosure."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from agent.lab.namespaces import mount
+from tests.bench import control
+
+BENCHMARKS: dict[str, Callable[..., control.Result]] = {
+    "cold": control.cold,
+    "many_policies": control.many_policies,
+    "remote": control.remote,
+    "here": control.here,
+    "edit": control.edit,
+    "restart": control.restart,
+    "idle": control.idle,
+    "crossover": control.crossover,
+}
+
+
+def main() -> None:
+    name, arguments = sys.argv[1:3]
+    links = [line.split(":")[0].strip() for line in Path("/proc/net/dev").read_text().splitlines()[2:]]
+    if os.getpid() != 1 or "eth0" in links:
+        sys.exit("this is not a namespace of the benchmarks' own: run python -m tests.bench")
+    mount("tmpfs", "/run", "tmpfs")
+    os.environ["XTABLES_LOCKFILE"] = "/run/xtables.lock"
+    profile = os.environ.get("BENCH_PROFILE")
+    if profile:
+        import cProfile
+
+        profiler = cProfile.Profile()
+        result = profiler.runcall(BENCHMARKS[name], **json.loads(arguments))
+        profiler.dump_stats(profile)
+    else:
+        result = BENCHMARKS[name](**json.loads(arguments))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Whatever somebody does to what is ours is told, and repaired by the next look; what is theirs stays."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+from agent.dataplane.inspect import drift, drift_from
+from agent.dataplane.render import OPTIONS
+from tests.dataplane.kernel import FAMILIES, Kernel, run
+from tests.dataplane.scenes import Agent, cluster, desired
+
+pytestmark = pytest.mark.root
+JUMP = ("-m", "comment", "--comment", "netpol-agent", "-j", "NPA-FORWARD")
+
+
+class Damage(NamedTuple):
+    """What somebody does, the words of `drift_from` that tell it, and those of `drift` (which knows the kernel only),
+    None where it cannot know."""
+
+    do: Callable[[Kernel], object]
+    told: str
+    told_alone: str | None
+
+
+def on_both(*words: str) -> Callable[[Kernel], None]:
+    """One iptables command in each family."""
+
+    def do(kernel: Kernel) -> None:
+        for version in FAMILIES:
+            kernel.iptables(version, *words)
+
+    return do
+
+
+def in_turn(*steps: Callable[[Kernel], object]) -> Callable[[Kernel], None]:
+    def do(kernel: Kernel) -> None:
+        for step in steps:
+            step(kernel)
+
+    return do
+
+
+def class_of(kernel: Kernel, version: int, direction: str = "I") -> str:
+    """A class chain; the last, so that one with several rules of its own."""
+    return max(
+        (name for name in kernel.tables(version).chains if name.startswith(f"NPA-{direction}-")),
+        key=lambda name: len(kernel.tables(version).chains[name]),
+    )
+
+
+def on_a_class(*words: str) -> Callable[[Kernel], None]:
+    """One iptables command in each family, with CHAIN replaced by a class chain."""
+
+    def do(kernel: Kernel) -> None:
+        for version in FAMILIES:
+            kernel.iptables(version, *(class_of(kernel, version) if word == "CHAIN" else word for word in words))
+
+    return do
+
+
+def altered(kernel: Kernel) -> None:
+    """A rule says another port, and the same comment."""
+    for version in FAMILIES:
+        chain = class_of(kernel, version)
+        rules = kernel.tables(version).chains[chain]
+        number = next(n for n, rule in enumerate(rules, 1) if "--dport 80" in rule.text)
+        rule = rules[number - 1].text.replace("--dport 80", "--dport 8000").removeprefix(f"-A {chain} ")
+        kernel.rules(version, f"-R {chain} {number} {rule}")
+
+
+def narrowed(kernel: Kernel) -> None:
+    """A rule gets a match that has no options, which printing shows by its -m alone."""
+    for version in FAMILIES:
+        kernel.rules(version, "-R NPA-FORWARD 1 -m conntrack --ctstate ESTABLISHED -m socket -j RETURN")
+
+
+def no_class_rule(kernel: Kernel) -> None:
+    """A pod's chain lets everything through."""
+    for version in FAMILIES:
+        kernel.iptables(version, "-I", class_of(kernel, version), "-j", "RETURN")
+
+
+def other_class(kernel: Kernel) -> None:
+    """A pod is judged by the chain of another."""
+    for version in FAMILIES:
+        rules = kernel.tables(version).chains
+        [one], [other] = rules["NPA-IB-1"], rules["NPA-IB-2"]
+        swapped = one.text.replace(one.target.chain, other.target.chain).removeprefix("-A NPA-IB-1 ")
+        kernel.rules(version, f"-R NPA-IB-1 1 {swapped}")
+
+
+def a_set(kernel: Kernel, kind: str, version: int) -> str:
+    return next(name for name in kernel.sets() if name.startswith(f"npa{version}-{kind}-"))
+
+
+def on_sets(kind: str, *words: str) -> Callable[[Kernel], None]:
+    """One ipset command on a set of a kind in each family, with SET, MEMBER and OTHER replaced."""
+
+    def do(kernel: Kernel) -> None:
+        for version in FAMILIES:
+            name = a_set(kernel, kind, version)
+            member = min(kernel.sets()[name].members)
+            other = {"p": "192.0.2.9|2001:db8::9", "n": "192.0.2.9,udp:9|2001:db8::9,udp:9", "b": "192.0.2.0/24|fd99::/64"}
+            values = {"SET": name, "MEMBER": member, "OTHER": other[kind].split("|")[version // 6]}
+            kernel.ipset(*(values.get(word, word) for word in words))
+
+    return do
+
+
+def without_rules(kernel: Kernel) -> None:
+    """Our chains go, so that the sets can be destroyed."""
+    for version in FAMILIES:
+        ours = [name for name in kernel.tables(version).chains if name.startswith("NPA-")]
+        kernel.rules(
+            version,
+            *(f"-D FORWARD {' '.join(JUMP)}" for _ in [0]),
+            *(f"-F {name}" for name in ours),
+            *(f"-X {name}" for name in ours),
+        )
+
+
+def recreated(kind: str, *form: str) -> Callable[[Kernel], None]:
+    """The rules go, and a set is made anew in another form."""
+
+    def do(kernel: Kernel) -> None:
+        without_rules(kernel)
+        for version in FAMILIES:
+            name = a_set(kernel, kind, version)
+            kernel.ipset("destroy", name)
+            kernel.ipset("create", name, *form, "family", "inet" if version == 4 else "inet6")
+
+    return do
+
+
+def other_family(kernel: Kernel) -> None:
+    without_rules(kernel)
+    name = a_set(kernel, "p", 4)
+    kernel.ipset("destroy", name)
+    kernel.ipset("create", name, "hash:ip", "family", "inet6")
+    kernel.ipset("add", name, "2001:db8::1")
+
+
+def smaller_in_use(kernel: Kernel) -> None:
+    """A set of another size takes the place of ours under our rules."""
+    for version in FAMILIES:
+        name = a_set(kernel, "p", version)
+        inet = "inet" if version == 4 else "inet6"
+        kernel.ipset("create", "theirs", "hash:ip", "family", inet, "maxelem", "4")
+        kernel.ipset("swap", "theirs", name)
+        kernel.ipset("destroy", "theirs")
+
+
+def nft(*words: str) -> Callable[[Kernel], object]:
+    return lambda _: run("nft", *words)
+
+
+def jump(*where: str) -> Callable[[Kernel], None]:
+    return on_both(*where, *JUMP)
+
+
+MISPLACED = "the jump to NPA-FORWARD is not once and first in FORWARD"
+MISSING = "is missing or was changed"
+CHANGED = "was changed"
+TOO_MANY = "too many"
+DAMAGES = {
+    "one chain flushed": Damage(on_both("-F", "NPA-FORWARD"), f"NPA-FORWARD {MISSING}", f"NPA-FORWARD {CHANGED}"),
+    "a branch flushed": Damage(on_both("-F", "NPA-INGRESS"), f"NPA-INGRESS {MISSING}", f"NPA-INGRESS {CHANGED}"),
+    "a class flushed": Damage(on_a_class("-F", "CHAIN"), MISSING, CHANGED),
+    "a bucket flushed": Damage(on_both("-F", "NPA-IB-1"), f"NPA-IB-1 {MISSING}", "is used by no pod"),
+    "an empty bucket gone": Damage(
+        in_turn(on_both("-D", "NPA-INGRESS", "15"), on_both("-D", "NPA-INGRESS", "15"), on_both("-X", "NPA-IB-15")),
+        f"NPA-IB-15 {MISSING}",
+        "NPA-IB-15 is missing",
+    ),
+    "everything flushed": Damage(on_both("-F"), MISPLACED, MISPLACED),
+    "a rule removed": Damage(on_both("-D", "NPA-FORWARD", "1"), f"NPA-FORWARD {MISSING}", f"NPA-FORWARD {CHANGED}"),
+    "a class rule removed": Damage(on_a_class("-D", "CHAIN", "1"), MISSING, CHANGED),
+    "the last rule removed": Damage(on_a_class("-D", "CHAIN", "4"), MISSING, CHANGED),
+    "rules in another order": Damage(
+        in_turn(on_both("-D", "NPA-FORWARD", "1"), on_both(*"-A NPA-FORWARD -m conntrack --ctstate ESTABLISHED -j RETURN".split())),
+        f"NPA-FORWARD {MISSING}",
+        f"NPA-FORWARD {CHANGED}",
+    ),
+    "a rule added": Damage(no_class_rule, MISSING, CHANGED),
+    "a rule added to a bucket": Damage(on_both("-I", "NPA-IB-1", "-j", "RETURN"), f"NPA-IB-1 {MISSING}", "NPA-IB-1 was changed"),
+    "a rule added to an empty bucket": Damage(
+        on_both("-A", "NPA-IB-15", "-m", "comment", "--comment", "x/web", "-j", "DROP"),
+        f"NPA-IB-15 {MISSING}",
+        "NPA-IB-15 was changed",
+    ),
+    "a rule that looks like ours": Damage(
+        lambda kernel: kernel.iptables(4, *"-A NPA-EB-3 -s 10.0.1.4 ! -d 10.0.1.4 -g NPA-IB-3".split()),
+        f"NPA-EB-3 {MISSING}",
+        "NPA-EB-3 was changed",
+    ),
+    "a chain added": Damage(on_both("-N", "NPA-NEW"), "NPA-NEW should not be there", "NPA-NEW should not be there"),
+    "a class added": Damage(on_both("-N", "NPA-I-0"), "NPA-I-0 should not be there", "NPA-I-0"),
+    "a rule altered": Damage(altered, MISSING, None),
+    "a rule narrowed": Damage(narrowed, f"NPA-FORWARD {MISSING}", f"NPA-FORWARD {CHANGED}"),
+    "a pod in another's class": Damage(other_class, f"NPA-IB-1 {MISSING}", "is used by no pod"),
+    "jump moved down": Damage(in_turn(jump("-D", "FORWARD"), jump("-A", "FORWARD")), MISPLACED, MISPLACED),
+    "jump deleted": Damage(jump("-D", "FORWARD"), MISPLACED, MISPLACED),
+    "jump doubled below": Damage(jump("-A", "FORWARD"), MISPLACED, MISPLACED),
+    "jump doubled above": Damage(jump("-I", "FORWARD"), MISPLACED, MISPLACED),
+    "jump narrowed": Damage(
+        in_turn(jump("-D", "FORWARD"), on_both("-I", "FORWARD", "-p", "tcp", *JUMP)), MISPLACED, MISPLACED
+    ),
+    "jump that goes": Damage(
+        in_turn(jump("-D", "FORWARD"), on_both("-I", "FORWARD", *JUMP[:4], "-g", "NPA-FORWARD")), MISPLACED, MISPLACED
+    ),
+    "a foreign jump above": Damage(on_both("-I", "FORWARD", "-j", "THEIRS"), MISPLACED, MISPLACED),
+    "a foreign accept above": Damage(on_both("-I", "FORWARD", "-j", "ACCEPT"), MISPLACED, MISPLACED),
+    "a set's member removed": Damage(on_sets("p", "del", "SET", "MEMBER"), "lacks", None),
+    "a named port removed": Damage(on_sets("n", "del", "SET", "MEMBER"), "lacks", None),
+    "a block removed": Damage(on_sets("b", "del", "SET", "MEMBER"), "lacks", None),
+    "a member added": Damage(on_sets("p", "add", "SET", "OTHER"), TOO_MANY, None),
+    "a named port added": Damage(on_sets("n", "add", "SET", "OTHER"), TOO_MANY, None),
+    "a block added": Damage(on_sets("b", "add", "SET", "OTHER"), TOO_MANY, None),
+    "an exception to a block": Damage(on_sets("b", "add", "SET", "OTHER", "nomatch"), "is not the one", None),
+    "a block made an exception": Damage(
+        in_turn(on_sets("b", "-exist", "add", "SET", "MEMBER", "nomatch")), "is not the one", None
+    ),
+    "a set flushed": Damage(on_sets("b", "flush", "SET"), "lacks", None),
+    "all sets flushed": Damage(lambda kernel: kernel.ipset("flush"), "lacks", None),
+    "a smaller set in its place": Damage(smaller_in_use, "is not the one", None),
+    "a set more": Damage(
+        lambda kernel: kernel.ipset("create", "npa4-p-00000000000000000000", "hash:ip"), "should not be there", None
+    ),
+    "rules and a set gone": Damage(in_turn(without_rules, on_sets("p", "destroy", "SET")), "is missing", None),
+    "rules and sets gone": Damage(in_turn(without_rules, lambda kernel: kernel.ipset("destroy")), "is missing", None),
+    "a set of another type": Damage(recreated("p", "hash:net"), "is not the one", None),
+    "a named-port set of another type": Damage(recreated("n", "hash:ip"), "is not the one", None),
+    "a type we do not know": Damage(recreated("p", "hash:ip,port,ip"), "is not the one", None),
+    "a smaller set": Damage(recreated("p", "hash:ip", "maxelem", "4"), "is not the one", None),
+    "a set with timeouts": Damage(recreated("p", "hash:ip", "timeout", "60"), "is not the one", None),
+    "a set of another family": Damage(other_family, "is not the one", None),
+}  # fmt: skip
+NFT_ONLY = {
+    "nft flush ruleset": Damage(nft("flush", "ruleset"), MISSING, None),
+    "nft delete table ip filter": Damage(nft("delete", "table", "ip", "filter"), MISSING, None),
+    "nft flush table ip6 filter": Damage(nft("flush", "table", "ip6", "filter"), MISSING, MISPLACED),
+}
+WITHOUT_THEIRS = {"everything flushed", "nft flush ruleset", "nft delete table ip filter", "nft flush table ip6 filter"}
+
+
+@pytest.mark.parametrize("name", [*DAMAGES, *NFT_ONLY])
+def test_found_and_repaired(backend: str, kernel: Kernel, name: str) -> None:
+    if name in NFT_ONLY and backend != "nft":
+        pytest.skip("a damage of nft's own")
+    damage = (DAMAGES | NFT_ONLY)[name]
+    theirs(kernel)
+    with Agent(backend, cluster()) as agent:
+        agent.sync()
+        applied = agent.dataplane.read()
+        assert list(drift(applied)) == list(drift_from(agent.node, applied, OPTIONS)) == []
+
+        damage.do(kernel)
+        harmed = kernel.everything()
+        assert kernel.ours() != desired(agent.node)
+        applied = agent.dataplane.read()
+        assert any(damage.told in line for line in drift_from(agent.node, applied, OPTIONS))
+        alone = list(drift(applied))
+        if damage.told_alone:
+            assert any(damage.told_alone in line for line in alone), alone
+        assert agent.resync().writes > 0
+
+        assert kernel.ours() == desired(agent.node)
+        assert not_ours(kernel.everything()) == not_ours(harmed)
+        applied = agent.dataplane.read()
+        assert list(drift(applied)) == list(drift_from(agent.node, applied, OPTIONS)) == []
+        assert agent.resync().writes == 0
+
+
+def theirs(kernel: Kernel) -> None:
+    """What other programs have here."""
+    for version in FAMILIES:
+        kernel.rules(version, ":THEIRS - [0:0]", "-A FORWARD -j THEIRS", "-A THEIRS -m mark --mark 0x1 -j ACCEPT")
+    kernel.ipset("create", "theirs-too", "hash:ip")
+    kernel.ipset("add", "theirs-too", "192.0.2.1")
+
+
+def not_ours(everything: dict[str, object]) -> dict[str, object]:
+    """Without all lines and sets that name us."""
+    found: dict[str, object] = {}
+    for key, value in everything.items():
+        if isinstance(value, dict):
+            found[key] = {name: content for name, content in value.items() if not name.startswith("npa")}
+        else:
+            assert isinstance(value, list)
+            found[key] = [line for line in value if "NPA-" not in line]
+    return found
+
+
+def test_policy_of_forward_is_not_ours(backend: str, kernel: Kernel) -> None:
+    with Agent(backend, cluster()) as agent:
+        agent.sync()
+        for version in FAMILIES:
+            kernel.iptables(version, "-P", "FORWARD", "DROP")
+        assert agent.resync().writes == 0
+        agent.dataplane.clean()
+        for version in FAMILIES:
+            assert ":FORWARD DROP" in kernel.save(version)
+
+
+def test_found_by_a_change_that_stumbles(backend: str, kernel: Kernel) -> None:
+    """Without a look for drift: a change that the kernel refuses because of it is planned anew from what is there."""
+    for name in ("a class flushed", "everything flushed", "rules and sets gone", "a smaller set in its place"):
+        with Agent(backend, cluster()) as agent:
+            agent.resync()
+            DAMAGES[name].do(kernel)
+            without_web = [o for o in cluster() if o["metadata"]["name"] != "web"]
+            agent.change(without_web)
+            agent.resync()
+            assert kernel.ours() == desired(without_web), name
+
+
+def test_many_at_once(backend: str, kernel: Kernel, rng: random.Random, many: Callable[[int], range]) -> None:
+    """Several damages in a row, in random order: one look repairs all."""
+    for _ in many(5):
+        with Agent(backend, cluster()) as agent:
+            agent.resync()
+            for name in rng.sample(sorted(DAMAGES), 4):
+                try:
+                    DAMAGES[name].do(kernel)
+                except (AssertionError, StopIteration, ValueError, KeyError):
+                    continue  # what it would damage is gone already
+            agent.resync()
+            assert kernel.ours() == desired(agent.node)
