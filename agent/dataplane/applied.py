@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 from socket import AF_INET, AF_INET6, inet_pton
 
 from agent.core.addresses import V4, Address, Prefix, parse_address
@@ -19,12 +20,13 @@ CanonicalRule = tuple[str, ...]
 
 @dataclass
 class AppliedSet:
-    """A set in the kernel."""
+    """A set in the kernel. `odd` when it or a member has an option that ours have not: timeout, nomatch, netmask …"""
 
     kind: str
     family: int
     maxelem: int
     members: set[Member] = field(default_factory=set)
+    odd: bool = False
 
 
 @dataclass
@@ -52,10 +54,8 @@ def canonical(rule: str) -> CanonicalRule:
     """A rule without what differs between what is written and what `iptables-save` prints of it.
 
     Order of matches, implied `-m`, full masks, address spelling, quotes and names of ICMPv6 types all differ."""
-    head, _, rest = rule.partition('--comment "')
-    comment, _, tail = rest.partition('"')
-    tokens = (head + tail).split()
-    items = [f"--comment {comment}"] if rest else []
+    tokens = _TOKEN.findall(rule)
+    items = []
     negated = ""
     position = 0
     while position < len(tokens):
@@ -68,10 +68,15 @@ def canonical(rule: str) -> CanonicalRule:
         while position < len(tokens) and tokens[position] != "!" and not _is_option(tokens[position]):
             values.append(tokens[position])
             position += 1
-        if token != "-m":
+        if token != "-m" or not _MATCHES.issuperset(values):
             items.append(f"{negated}{token} {_canonical_value(token, ' '.join(values))}")
         negated = ""
     return tuple(sorted(items))
+
+
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\S+')
+_MATCHES = {"comment", "conntrack", "icmp6", "multiport", "physdev", "pkttype", "sctp", "set", "tcp", "udp"}
+"""Matches that our rules use; each shows by its options. One more, even without options, makes another rule."""
 
 
 def _is_option(token: str) -> bool:
@@ -93,6 +98,8 @@ _ICMP6 = {
 def _canonical_value(option: str, value: str) -> str:
     if option in ("-s", "-d"):
         return _canonical_address(value)
+    if option == "--comment":
+        return value.strip('"')
     if option == "-p":
         return _PROTOCOLS.get(value, value)
     if option == "--icmpv6-type":
@@ -103,7 +110,10 @@ def _canonical_value(option: str, value: str) -> str:
 @lru_cache(maxsize=4096)
 def _canonical_address(text: str) -> str:
     address, _, mask = text.partition("/")
-    number = ipaddress.ip_address(address)
+    try:
+        number = ipaddress.ip_address(address)
+    except ValueError:
+        return text  # no address: the word behind an unquoted comment
     if not mask or mask == str(number.max_prefixlen):
         return str(number)
     return f"{number}/{mask if mask.isdigit() else ipaddress.ip_address(mask)}"
@@ -119,7 +129,7 @@ def parse_save(text: str) -> AppliedTable:
     forward: list[str] = []
     for line in text.splitlines():
         if line.startswith("-A FORWARD "):
-            forward.append(line[len("-A FORWARD ") :])
+            forward.append(line.removeprefix("-A FORWARD "))
         elif "NPA-" not in line:
             continue
         elif line.startswith(":"):
@@ -130,31 +140,40 @@ def parse_save(text: str) -> AppliedTable:
             name, _, rule = line[3:].partition(" ")
             if is_ours(name):
                 rules.setdefault(name, []).append(canonical(rule))
-            elif any(is_ours(word) for word in rule.split()):
+            elif _leads_to_us(rule):
                 table.strays.append(line)
     table.chains = {name: tuple(chain) for name, chain in rules.items()}
-    for rule in forward:
-        target = rule.split()[-2:]
-        if target[:1] in (["-j"], ["-g"]) and is_ours(target[1]):
-            table.jumps.append(rule)
+    table.jumps = [rule for rule in forward if "NPA-" in rule and _leads_to_us(rule)]
     table.first = len(table.jumps) == 1 and forward[0] == table.jumps[0] and canonical(forward[0]) == CANONICAL_JUMP
     return table
+
+
+def _leads_to_us(rule: str) -> bool:
+    return any(item[:3] in ("-j ", "-g ") and is_ours(item[3:]) for item in canonical(rule))
 
 
 def parse_ipset_save(text: str) -> dict[str, AppliedSet]:
     """Our part of what `ipset save` prints."""
     sets: dict[str, AppliedSet] = {}
     for line in text.splitlines():
-        if line.startswith("add npa"):
-            _, name, entry = line.split(" ", 3)[:3]
+        verb, _, rest = line.partition(" ")
+        if not _OURS.match(rest):
+            continue
+        name, first, *words = rest.split(" ")
+        if verb == "add":
             held = sets[name]
-            held.members.add(_parse_member(held, entry))
-        elif line.startswith("create npa"):
-            words = line.split(" ")
-            options = dict(pairwise(words[3:]))
+            held.members.add(_parse_member(held, first))
+            held.odd |= bool(words)
+        elif verb == "create":
+            options = dict(zip(words[::2], words[1::2]))
             family = 6 if options.get("family") == "inet6" else V4
-            sets[words[1]] = AppliedSet(words[2], family, int(options.get("maxelem", 65536)))
+            odd = not _CREATE_OPTIONS.issuperset(words[::2])
+            sets[name] = AppliedSet(first, family, 0 if odd else int(options["maxelem"]), odd=odd)
     return sets
+
+
+_OURS = re.compile(r"npa(?:4|6|-t)-")
+_CREATE_OPTIONS = {"family", "hashsize", "maxelem", "bucketsize", "initval"}
 
 
 def _parse_member(held: AppliedSet, entry: str) -> Member:
@@ -182,8 +201,9 @@ def dispatched(table: AppliedTable) -> dict[Address, str]:
     for direction, own in ((EGRESS, "-s "), (INGRESS, "-d ")):
         for number in range(BUCKETS):
             for rule in table.chains.get(bucket_name(direction, number), ()):
-                address = next((item[len(own) :] for item in rule if item.startswith(own)), None)
+                address = next((item[len(own) :] for item in rule if item.startswith(own)), "")
                 pods = next((item[len("--comment ") :] for item in rule if item.startswith("--comment ")), None)
-                if address is not None and pods is not None:
-                    found[parse_address(address)] = pods
+                if pods is not None:
+                    with suppress(ValueError):  # somebody's rule, for a block or nothing
+                        found[parse_address(address)] = pods
     return found

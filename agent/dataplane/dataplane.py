@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
-from agent.core.addresses import FAMILIES, V4
+from agent.core.addresses import FAMILIES, V4, Address
 from agent.core.node import Node
 from agent.dataplane import conntrack
 from agent.dataplane.applied import Applied
-from agent.dataplane.errors import KernelError
+from agent.dataplane.errors import KernelError, refused
 from agent.dataplane.ipset import Ipset
 from agent.dataplane.iptables import BACKENDS, Backend, in_use
 from agent.dataplane.plan import (
@@ -31,6 +31,8 @@ from agent.dataplane.plan import (
 )
 from agent.dataplane.render import OPTIONS, Options
 
+PATIENCE = 2.0
+"""Seconds that `clean` waits for sets which the kernel still counts as used."""
 ATTEMPTS = 3
 """A sync that the kernel refuses is planned anew, from what the kernel holds then, so many times in all."""
 
@@ -92,6 +94,8 @@ class Dataplane:
         self.families = tuple(families if families is not None else present_families())
         self._ipset = Ipset()
         self._mirror: Applied | None = None
+        self._released: set[Address] = set()  # by a sync that the kernel refused: still to be forgotten
+        self._busy: set[str] = set()  # sets to destroy that a rule still used when it was tried
 
     def close(self) -> None:
         self._ipset.close()
@@ -106,6 +110,8 @@ class Dataplane:
         Raises KernelError when the kernel keeps refusing; what was enforced before stays whole."""
         report = Report()
         journal = node.journal()
+        self._released |= journal.released
+        journal = journal._replace(sets=dict.fromkeys(self._busy) | journal.sets, released=self._released)
         for attempt in range(ATTEMPTS):
             report.attempts = attempt + 1
             everything = self._mirror is None
@@ -121,6 +127,7 @@ class Dataplane:
                     raise
                 continue
             self._mirror = mirror
+            self._released = set()
             break
         return report
 
@@ -141,7 +148,14 @@ class Dataplane:
             self._refuse_strays(applied)
             self._execute(list(removal(applied)), applied, report, backend)
         applied = Applied(self._ipset.read(), {})
-        self._execute(list(removal(applied)), applied, report)
+        deadline = perf_counter() + PATIENCE
+        while applied.sets:  # nf_tables lets go of the sets of a removed rule a moment later
+            self._execute(list(removal(applied)), applied, report)
+            if not applied.sets:
+                break
+            if perf_counter() > deadline:
+                raise refused(f"set {min(applied.sets)}", "is in use by a rule that is not ours")
+            sleep(0.05)
         return report
 
     def leave_other_backend(self) -> Report:
@@ -199,14 +213,16 @@ class Dataplane:
             record(mirror, operation)
 
     def _destroy(self, batch: list[Operation], mirror: Applied, report: Report) -> None:
-        """A set that the kernel still counts as used stays in the mirror, and is tried again at the next resync."""
+        """A set that the kernel still counts as used stays in the mirror, and is tried again at the next sync."""
         for operation in batch:
             assert isinstance(operation, DestroySet)
+            self._busy.discard(operation.name)
             try:
                 self._ipset.write([operation])
             except KernelError as error:
                 if "in use" not in error.reason:
                     raise
+                self._busy.add(operation.name)
                 continue
             _count(report, operation)
             record(mirror, operation)

@@ -28,6 +28,8 @@ ADVICE = (
     ("Extension", "Load the kernel module of this match (modprobe xt_NAME) on the node."),
     ("No chain/target/match by that name", "Load the kernel module of this match or target (modprobe xt_NAME)."),
     ("incompatible, use 'nft' tool", "Another program wrote this table with nft; choose --backend legacy."),
+    ("in use", "A rule that is not ours uses it (iptables-save | grep the name): delete that rule."),
+    ("name already exists", "A set of another type has its name, and is in use: delete the rules that use it."),
     ("Table does not exist", "Load the module ip_tables and iptable_filter, or choose --backend nft."),
     ("can't initialize", "Load the modules ip_tables and iptable_filter, or choose --backend nft."),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Sequence
 from errno import ENOENT
 from functools import partial
@@ -16,7 +15,7 @@ from agent.core.addresses import V4, format_address
 from agent.core.rules import Member
 from agent.dataplane.applied import AppliedSet, parse_ipset_save
 from agent.dataplane.errors import KernelError, refused
-from agent.dataplane.iptables import run_all
+from agent.dataplane.iptables import run_all, spawn
 from agent.dataplane.plan import AddMembers, CreateSet, DeleteMembers, DestroySet, SwapSets
 from agent.dataplane.render import HASHSIZE, MAXELEM, create_text, format_member
 
@@ -113,10 +112,10 @@ def _restore(operations: Sequence[SetOperation]) -> None:
                 lines.append(f"swap {name} {other}")
             case DestroySet(name):
                 lines.append(f"destroy {name}")
-    text = "\n".join([*lines, ""])
-    done = subprocess.run(["ipset", "restore", "-exist"], input=text, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise _refusal(lines, done.stderr)
+    process = spawn(["ipset", "restore", "-exist"])
+    _, errors = process.communicate("\n".join([*lines, ""]).encode())
+    if process.returncode != 0:
+        raise _refusal(lines, errors.decode(errors="replace"))
 
 
 def _refusal(lines: list[str], errors: str) -> KernelError:

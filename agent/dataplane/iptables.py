@@ -55,15 +55,13 @@ class Backend:
 
     def write(self, transactions: Sequence[Transaction]) -> list[KernelError | None]:
         """Carry out one transaction per family, side by side; answers for each its refusal, or None when it is in."""
-        jobs = []
-        for transaction in transactions:
-            command = [self.tool(transaction.family, "restore"), "--noflush", "-w", str(LOCK_SECONDS)]
-            jobs.append((transaction, command, _spawn(command)))
+        tools = [self.tool(transaction.family, "restore") for transaction in transactions]
+        processes = [spawn([tool, "--noflush", "-w", str(LOCK_SECONDS)]) for tool in tools]
         answers: list[KernelError | None] = []
-        for transaction, command, process in jobs:
+        for transaction, tool, process in zip(transactions, tools, processes):
             _, errors = process.communicate(transaction.text.encode())
             failed = process.returncode != 0
-            answers.append(_refusal(command[0], transaction.text, errors.decode(errors="replace")) if failed else None)
+            answers.append(_refusal(tool, transaction.text, errors.decode(errors="replace")) if failed else None)
         return answers
 
 
@@ -76,14 +74,22 @@ def _refusal(tool: str, text: str, errors: str) -> KernelError:
     return refused(f"{tool}{where}", "; ".join(kept) or errors)
 
 
-def _spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A tool with pipes to it. Raises KernelError when it cannot be started."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+    try:
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+    except FileNotFoundError as error:
+        name = command[0]
+        package = "ipset" if name == "ipset" else "iptables"
+        raise KernelError(name, "is not installed", f"Install the package {package}, or correct PATH.") from error
+    except OSError as error:
+        raise refused(command[0], str(error)) from error
 
 
 def run_all(commands: Sequence[Sequence[str]]) -> list[str]:
     """Run reading commands side by side; their outputs. Raises KernelError for the first that fails."""
-    processes = [_spawn(command) for command in commands]
+    processes = [spawn(command) for command in commands]
     results = [process.communicate() for process in processes]
     for command, process, (_, errors) in zip(commands, processes, results):
         if process.returncode != 0:

@@ -19,6 +19,7 @@ from agent.core.policy import DIRECTIONS
 from agent.core.rules import Member, SetKind
 from agent.dataplane.applied import Applied, AppliedSet, AppliedTable, canonical_chain, dispatched
 from agent.dataplane.render import (
+    COMMENT_BYTES,
     JUMP,
     MAXELEM,
     Options,
@@ -112,7 +113,7 @@ def plan(node: Node, journal: Journal, applied: Applied, options: Options, *, ev
     """The operations from `applied` to what `node` desires, in order; [] when they agree.
 
     Only what the journal names is compared, or `everything` after a restart, a refusal, or to find drift."""
-    sets = _SetChanges()
+    sets = _SetChanges(applied)
     touched = dict.fromkeys({*node.sets.active, *applied.sets}) if everything else journal.sets
     for name in sorted(touched):
         sets.compare(name, node.sets.active.get(name), applied.sets.get(name), touched[name])
@@ -135,7 +136,7 @@ def plan(node: Node, journal: Journal, applied: Applied, options: Options, *, ev
         *transactions,
         *_of(sets.deletes, SetKind.IP_PORT),
         *_of(sets.deletes, SetKind.IP, SetKind.NET),
-        *sets.destroys,
+        *sets.destroys.values(),
     ]
 
 
@@ -143,7 +144,9 @@ def _handed_over(node: Node, held: AppliedTable) -> Iterator[Address]:
     """Addresses that the kernel dispatches for pods which do not hold them now: released while we were away."""
     for address, pods in dispatched(held).items():
         holders = {holder.key for holder in node.cluster.holders(address)}
-        if not holders.issuperset(pods.split()):
+        *names, last = pods.split() or [""]
+        cut = len(pods) >= COMMENT_BYTES - 1  # one less where it was cut behind a blank
+        if not holders.issuperset(names) or not any(h == last or (cut and h.startswith(last)) for h in holders):
             yield address
 
 
@@ -151,19 +154,28 @@ def _of(changes: list[AddMembers] | list[DeleteMembers], *kinds: SetKind) -> Ite
     return (change for change in changes if change.kind in kinds)
 
 
+_BESIDE = "npa-t-"
+
+
+def is_beside(name: str) -> bool:
+    """Whether a set is one that is built beside another, to be swapped."""
+    return name.startswith(_BESIDE)
+
+
 class _SetChanges:
-    def __init__(self) -> None:
+    def __init__(self, applied: Applied) -> None:
+        self._applied = applied
         self.creates: list[Operation] = []
         self.adds: list[AddMembers] = []
         self.deletes: list[DeleteMembers] = []
-        self.destroys: list[DestroySet] = []
+        self.destroys: dict[str, DestroySet] = {}
 
     def compare(
         self, name: str, active: ActiveSet | None, held: AppliedSet | None, touched: set[Member] | None
     ) -> None:
         if active is None:
             if held is not None:
-                self.destroys.append(DestroySet(name))
+                self.destroys[name] = DestroySet(name)
             return
         spec = active.spec
         if held is None:
@@ -172,12 +184,13 @@ class _SetChanges:
             # Not the set that our rules use, since theirs has this content's type: somebody's of the same name.
             self.creates.append(DestroySet(name))
             self._build(name, active)
-        elif held.maxelem < MAXELEM:
-            beside = f"npa-t-{name[-20:]}"
-            self.creates.append(DestroySet(beside))
+        elif held.odd or held.maxelem < MAXELEM:
+            beside = _BESIDE + name.removeprefix("npa")
+            if beside in self._applied.sets:
+                self.creates.append(DestroySet(beside))
             self._build(beside, active)
             self.creates.append(SwapSets(beside, name))
-            self.destroys.append(DestroySet(beside))
+            self.destroys[beside] = DestroySet(beside)
         else:
             self._members(name, active, held, touched)
 

@@ -20,7 +20,8 @@ BRANCH = {EGRESS: "NPA-EGRESS", INGRESS: "NPA-INGRESS"}
 BUCKETS = 16
 MAXELEM = 1_048_576
 HASHSIZE = 64
-_COMMENT_BYTES = 255
+COMMENT_BYTES = 255
+"""Where the kernel cuts a comment, in silence: so it is cut before."""
 _TARGET = {Verdict.ALLOW: "-j RETURN", Verdict.DENY: "-j DROP"}
 _NEIGHBOUR_DISCOVERY = range(133, 138)
 
@@ -135,8 +136,8 @@ def _ports(protocol: str | None, ports: tuple[tuple[int, int], ...]) -> str:
 
 
 def _comment(text: str) -> str:
-    """The kernel cuts comments at 255 bytes in silence, so we cut them. Nothing in it can end the quotes."""
-    clean = re.sub(r"[^A-Za-z0-9 ._/\[\]-]", "_", text)[:_COMMENT_BYTES].rstrip()
+    """Nothing in it can end the quotes."""
+    clean = re.sub(r"[^A-Za-z0-9 ._/\[\]-]", "_", text)[:COMMENT_BYTES].rstrip()
     return f'-m comment --comment "{clean}"'
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -68,7 +67,7 @@ def _enclosed(item: pytest.Function, body: Callable[[], Any]) -> tuple[str, str]
         raise
     finally:
         os.close(life)
-    with io.open(answer, "rb") as told:
+    with open(answer, "rb") as told:
         told.seek(0)
         text = told.read()
     if not text:

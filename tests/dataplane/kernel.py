@@ -71,9 +71,8 @@ class Kernel:
             for table in ("filter", "nat"):
                 text = _STAMP.sub("", self.save(version, table=table))
                 lines = [line for line in text.splitlines() if not re.match(r":[A-Z]+ ACCEPT|\*|COMMIT", line)]
-                found[f"IPv{version} {table}"] = sorted(l for l in lines if l[0] == ":") + [
-                    line for line in lines if line[0] != ":"
-                ]
+                chains = {line for line in lines if line.startswith(":")}
+                found[f"IPv{version} {table}"] = sorted(chains) + [line for line in lines if line not in chains]
         return found
 
     def ours(self) -> dict[str, Any]:
@@ -92,7 +91,7 @@ class Kernel:
         found = set()
         for version in FAMILIES:
             for chain, identity in self._identities(version):
-                if self.backend == "legacy" and identity != "[7:7]" or (chain, identity) not in self._marks[version]:
+                if (chain, identity) not in self._marks[version] or identity == "[0:0]":
                     found.add(f"{version} {chain}")
         return found
 

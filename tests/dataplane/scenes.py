@@ -110,7 +110,7 @@ def cluster() -> list[Object]:
         {"from": [{"ipBlock": holes}, {"ipBlock": holes6}], "ports": [{"port": 443}]},
     ]
     db = [{"from": [pods_with(app="web"), pods_with(app="friend")], "ports": [{"port": 5432}]}]
-    out = [{"to": [{"namespaceSelector": {"matchLabels": {"team": "y"}}}], "ports": [{"port": "dns", "protocol": "TCP"}]}]
+    out = [{"to": [{"namespaceSelector": {"matchLabels": {"team": "y"}}}], "ports": [{"port": "dns"}]}]
     return [
         namespace("x"),
         namespace("y", team="y"),
