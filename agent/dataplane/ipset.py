@@ -112,8 +112,8 @@ def _restore(operations: Sequence[SetOperation]) -> None:
                 lines.append(f"swap {name} {other}")
             case DestroySet(name):
                 lines.append(f"destroy {name}")
-    process = spawn(["ipset", "restore", "-exist"])
-    _, errors = process.communicate("\n".join([*lines, ""]).encode())
+    process = spawn(["ipset", "restore", "-exist"], "\n".join([*lines, ""]))
+    _, errors = process.communicate()
     if process.returncode != 0:
         raise _refusal(lines, errors.decode(errors="replace"))
 

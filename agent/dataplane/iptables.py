@@ -56,12 +56,13 @@ class Backend:
     def write(self, transactions: Sequence[Transaction]) -> list[KernelError | None]:
         """Carry out one transaction per family, side by side; answers for each its refusal, or None when it is in."""
         tools = [self.tool(transaction.family, "restore") for transaction in transactions]
-        processes = [spawn([tool, "--noflush", "-w", str(LOCK_SECONDS)]) for tool in tools]
+        texts = [transaction.text for transaction in transactions]
+        processes = [spawn([t, "--noflush", "-w", str(LOCK_SECONDS)], text) for t, text in zip(tools, texts)]
         answers: list[KernelError | None] = []
-        for transaction, tool, process in zip(transactions, tools, processes):
-            _, errors = process.communicate(transaction.text.encode())
+        for tool, text, process in zip(tools, texts, processes):
+            _, errors = process.communicate()
             failed = process.returncode != 0
-            answers.append(_refusal(tool, transaction.text, errors.decode(errors="replace")) if failed else None)
+            answers.append(_refusal(tool, text, errors.decode(errors="replace")) if failed else None)
         return answers
 
 
@@ -74,11 +75,16 @@ def _refusal(tool: str, text: str, errors: str) -> KernelError:
     return refused(f"{tool}{where}", "; ".join(kept) or errors)
 
 
-def spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """A tool with pipes to it. Raises KernelError when it cannot be started."""
+def spawn(command: Sequence[str], text: str = "") -> subprocess.Popen[bytes]:
+    """A tool that is given a text. Raises KernelError when it cannot be started.
+
+    The text is a file: a pipe could end in the middle of a line, if we are killed, and half an address is another."""
     pipe = subprocess.PIPE
     try:
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        with open(os.memfd_create("text"), "w+b") as given:
+            given.write(text.encode())
+            given.seek(0)
+            return subprocess.Popen(command, stdin=given, stdout=pipe, stderr=pipe)
     except FileNotFoundError as error:
         name = command[0]
         package = "ipset" if name == "ipset" else "iptables"
