@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
-PACKAGES := iptables ipset iproute2 conntrack nftables procps kmod util-linux
+PACKAGES := iptables ipset iproute2 conntrack nftables
 SCENARIO ?= all
 JOBS ?= 2
 

@@ -7,7 +7,7 @@ from time import perf_counter
 import click
 
 from agent.cli.options import backend_option, chosen_backend, input_options, multicast_option
-from agent.cli.output import Applied, Counts, Writes, output_option, print_json
+from agent.cli.output import Applied, Counts, Writes, output_option, plural, print_json
 from agent.cli.sources import node_state, read_inventory, warn
 from agent.core.findings import Finding
 from agent.core.inventory import Inventory
@@ -68,8 +68,9 @@ def apply(
     counts = result.counts
     assert counts is not None
     click.echo(
-        f"{node_name} ({result.backend}): {counts.policies} policies isolate {counts.isolated_pods} of "
-        f"{counts.local_pods} pods here; {counts.chains} classes, {counts.sets} sets, {counts.members} members"
+        f"{node_name} ({result.backend}): {plural(counts.policies, 'policy')} in force, {counts.isolated_pods} of "
+        f"{plural(counts.local_pods, 'pod')} isolated; {plural(counts.chains, 'class')}, "
+        f"{plural(counts.sets, 'set')}, {plural(counts.members, 'member')}"
     )
     if result.changed:
         click.echo(f"changed: {result.writes} in {result.milliseconds} ms")

@@ -43,9 +43,16 @@ class Writes(msgspec.Struct, frozen=True, rename="camel"):
         return ", ".join(part for part in parts if part) or "rules put back in place"
 
 
+def plural(number: int, noun: str) -> str:
+    """`1 policy`, `2 policies`, `3 classes`."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def _changed(noun: str, more: int, fewer: int, *, verb: str = "added") -> str:
-    plus = f"{more} {noun}{'s' * (more != 1)} {verb}" if more else ""
-    minus = f"{fewer} {noun}{'s' * (fewer != 1)} removed" if fewer else ""
+    plus = f"{plural(more, noun)} {verb}" if more else ""
+    minus = f"{plural(fewer, noun)} removed" if fewer else ""
     return ", ".join(part for part in (plus, minus) if part)
 
 

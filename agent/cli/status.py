@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from agent.cli.options import backend_option, chosen_backend, input_options, multicast_option
-from agent.cli.output import Status, StatusClass, StatusSet, output_option, print_json
+from agent.cli.output import Status, StatusClass, StatusSet, output_option, plural, print_json
 from agent.cli.sources import node_state, read_inventory
 from agent.dataplane.dataplane import Dataplane
 from agent.dataplane.environment import problems
@@ -77,7 +77,7 @@ def _print(result: Status) -> None:
     else:
         members = sum(s.members for s in result.sets)
         click.echo(
-            f"backend {result.backend}: {len(result.classes)} classes, {len(result.sets)} sets, {members} members"
+            f"backend {result.backend}: {plural(len(result.classes), 'class')}, {plural(len(result.sets), 'set')}, {plural(members, 'member')}"
         )
         for found in result.classes:
             click.echo(

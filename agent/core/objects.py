@@ -94,12 +94,16 @@ class Service(msgspec.Struct, frozen=True):
 # --- what the wire holds ---------------------------------------------------------------------------------------------
 
 
+class _Owner(msgspec.Struct):
+    """Only that there is one counts."""
+
+
 class _Meta(msgspec.Struct):
     name: str | None = None
     namespace: str | None = None
     uid: str | None = None
     labels: dict[str, str | None] | None = None
-    ownerReferences: list[msgspec.Raw] | None = None
+    ownerReferences: list[_Owner] | None = None
 
 
 class _ContainerPort(msgspec.Struct):

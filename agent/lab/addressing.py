@@ -173,7 +173,7 @@ def pod_routes(spec: FabricSpec, pod: PodSpec) -> frozenset[str]:
     routes = {f"{prefix} dev eth0" for prefix in links - own if prefix.version in spoken}
     here = {address for other in local for address in other.addresses}
     for address in _all_addresses(spec):
-        prefix = prefix_of(address)
+        prefix = _link_of(address)
         if prefix in links and address not in here and prefix.version in spoken:
             mine = sorted((p for p in own if p.version == prefix.version), key=str)
             home = prefix if prefix in own else mine[0]
@@ -190,11 +190,15 @@ def prefix_of(address: str) -> Prefix:
 
     Raises ValueError when the address stands for the link itself or its broadcast.
     """
-    prefix = ipaddress.ip_network(f"{address}/{_LINK[family(address)]}", strict=False)
+    prefix = _link_of(address)
     plain = ipaddress.ip_address(address)
     if plain == prefix.network_address or (prefix.version == 4 and plain == prefix.broadcast_address):
         raise ValueError(f"{address} cannot be a pod's on a bridge: it is the first or last of {prefix}")
     return prefix
+
+
+def _link_of(address: str) -> Prefix:
+    return ipaddress.ip_network(f"{address}/{_LINK[family(address)]}", strict=False)
 
 
 def prefixes(pods: Iterable[PodSpec]) -> list[Prefix]:
