@@ -76,12 +76,13 @@ def _print(result: Status) -> None:
         click.echo(f"nothing is programmed here ({result.backend})")
     else:
         members = sum(s.members for s in result.sets)
-        click.echo(
-            f"backend {result.backend}: {plural(len(result.classes), 'class')}, {plural(len(result.sets), 'set')}, {plural(members, 'member')}"
+        sizes = ", ".join(
+            (plural(len(result.classes), "class"), plural(len(result.sets), "set"), plural(members, "member"))
         )
+        click.echo(f"backend {result.backend}: {sizes}")
         for found in result.classes:
             click.echo(
-                f"  IPv{found.family} {found.direction.lower():7} {found.chain}  {found.rules} rules"
+                f"  IPv{found.family} {found.direction.lower():7} {found.chain}  {plural(found.rules, 'rule')}"
                 f"  pods {', '.join(found.pods) or 'none'}  policies {', '.join(found.policies)}"
             )
     for line in result.drift:

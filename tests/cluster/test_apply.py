@@ -145,7 +145,8 @@ def test_three_tiers_step_by_step(shop: dict[str, str]) -> None:
 _CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 1)"
 
 
-def test_services_by_name(shop: dict[str, str]) -> None:
+@pytest.mark.usefixtures("shop")
+def test_services_by_name() -> None:
     """After the last step: web → api through the Service's 8080 by name; not db, whose name resolves all the same."""
     assert connects("web", "api:8080")
     assert not connects("web", "db:15984")
@@ -159,14 +160,16 @@ def test_nothing_goes_outside(shop: dict[str, str]) -> None:
     assert not connects("api", f"{shop['node2-as-outside']}:10250")
 
 
-def test_a_second_apply_writes_nothing(shop: dict[str, str]) -> None:
+@pytest.mark.usefixtures("shop")
+def test_a_second_apply_writes_nothing() -> None:
     objects = kubectl("get", "ns,pods,netpol", "-A", "-o", "yaml")
     for node in NODES:
         assert "unchanged: 0 kernel writes" in agent(node, "apply", "-f", "-", "--node", node, text=objects)
         assert "as programmed" in agent(node, "status", "-f", "-", "--node", node, text=objects)
 
 
-def test_beside_kube_proxy(shop: dict[str, str]) -> None:
+@pytest.mark.usefixtures("shop")
+def test_beside_kube_proxy() -> None:
     """kube-proxy writes all the time: a Service comes and goes, and neither side loses anything."""
     objects = kubectl("get", "ns,pods,netpol", "-A", "-o", "yaml")
     for number in range(5):
