@@ -8,6 +8,7 @@ it but not on their bridge.
 import functools
 import ipaddress
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from agent.lab.spec import FabricSpec, NodeSpec, PodSpec, family, first
 
@@ -211,8 +212,23 @@ def local_pods(spec: FabricSpec, node: str) -> Iterator[PodSpec]:
     return (pod for pod in spec.pods if pod.node == node and not pod.host_network)
 
 
+def with_gateways(spec: FabricSpec) -> FabricSpec:
+    """Bridged: the spec with a gateway for every link of its pods; those that were given stay as they are."""
+    if spec.mode != "bridged":
+        return spec
+    pods = [pod for node in spec.nodes for pod in local_pods(spec, node.name)]
+    given = dict(spec.gateways)
+    new = [(str(prefix), _free_gateway(spec, prefix)) for prefix in prefixes(pods) if str(prefix) not in given]
+    return replace(spec, gateways=(*spec.gateways, *new))
+
+
 def bridge_gateway(spec: FabricSpec, prefix: Prefix) -> str:
-    """The node's own address on a link: the first, or else the last, that nobody else has."""
+    """The node's own address on a link, as `with_gateways` gave it."""
+    return dict(spec.gateways)[str(prefix)]
+
+
+def _free_gateway(spec: FabricSpec, prefix: Prefix) -> str:
+    """The first address of a link, or else the last, that nobody else has."""
     taken = {ipaddress.ip_address(address) for address in _all_addresses(spec)}
     low = prefix.network_address + 1
     if low not in taken:
@@ -224,8 +240,8 @@ def bridge_gateway(spec: FabricSpec, prefix: Prefix) -> str:
 
 
 def bridge_address(spec: FabricSpec, prefix: Prefix) -> str:
-    """In the node: its address on a link of its bridge."""
-    return f"addr add {bridge_gateway(spec, prefix)}/{prefix.prefixlen} dev cbr0{_nodad(prefix.version)}"
+    """In the node: its address on a link of its bridge, which may have it already."""
+    return f"addr replace {bridge_gateway(spec, prefix)}/{prefix.prefixlen} dev cbr0{_nodad(prefix.version)}"
 
 
 def _all_addresses(spec: FabricSpec) -> Iterator[str]:

@@ -57,7 +57,7 @@ class Fabric:
 
     def __init__(self, spec: FabricSpec) -> None:
         """An empty one; use `build` or `attach`."""
-        self._spec = spec
+        self._spec = addressing.with_gateways(spec)
         self._files: dict[str, int] = {}
         self._indices: dict[str, int] = {}
         self._next_index = 0
@@ -110,9 +110,10 @@ class Fabric:
         """Start a pod. Raises ValueError when its name or an address is taken or cannot be used."""
         grown = replace(self._spec, pods=(*self._spec.pods, pod))
         grown.check()
-        self._check_bridge(grown, pod)
+        self._check_bridge(pod)
         before = self._spec
         self._set(grown)
+        grown = self._spec
         if pod.host_network:
             return
         self._make(pod.key, {})
@@ -159,7 +160,7 @@ class Fabric:
         spec = self._spec
         pods = [pod for pod in spec.pods if not pod.host_network]
         for pod in pods:
-            self._check_bridge(spec, pod)
+            self._check_bridge(pod)
         bridged = {} if spec.mode == "routed" else _BRIDGED
         self._make(_FABRIC, _SWITCHED_ONLY if os.path.exists("/proc/sys/net/bridge") else {})
         self._make(OUTSIDE, {})
@@ -198,18 +199,17 @@ class Fabric:
             lines = [f"route add {line}" for line in new - old]
             self._ip(pod.key, lines + [f"route del {line}" for line in old - new])
 
-    def _check_bridge(self, spec: FabricSpec, pod: PodSpec) -> None:
-        if spec.mode == "routed" or pod.host_network:
+    def _check_bridge(self, pod: PodSpec) -> None:
+        if self._spec.mode == "routed" or pod.host_network:
             return
-        known = addressing.prefixes(addressing.local_pods(self._spec, pod.node))
-        gateways = {addressing.bridge_gateway(self._spec, prefix) for prefix in known}
+        gateways = {plain(address) for _, address in self._spec.gateways}
         for address in pod.addresses:
             addressing.prefix_of(address)
-            if address in gateways:
+            if plain(address) in gateways:
                 raise ValueError(f"{address} of pod {pod.key} is the address of its node's bridge")
 
     def _set(self, spec: FabricSpec) -> None:
-        self._spec = spec
+        self._spec = addressing.with_gateways(spec)
         self._owners = None
 
     def _index(self, pod: PodSpec) -> int:

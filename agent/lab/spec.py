@@ -65,6 +65,8 @@ class FabricSpec:
     outside: tuple[str, ...] = ()
     mode: Mode = "routed"
     outside_listen: Listen = field(default=_EVERYWHERE)
+    gateways: tuple[tuple[str, str], ...] = ()
+    """Bridged: the address of the bridge on each link that it ever had; kept by the fabric."""
 
     def to_json(self) -> dict[str, Any]:
         """The spec as a JSON object."""

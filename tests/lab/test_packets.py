@@ -184,3 +184,29 @@ def test_a_hundred_pods() -> None:
         return 0
 
     assert enclosure.run(work) == 0
+
+
+def test_a_bridge_keeps_its_address_when_the_link_changes_hands() -> None:
+    """The first address of a link was a pod's, then nobody's; the last pod of a link goes, and another comes."""
+
+    def work() -> int:
+        nodes = (NodeSpec("n1", ("192.168.0.1",)), NodeSpec("n2", ("192.168.0.2",)))
+        first = PodSpec("x", "first", "n1", ("10.0.1.1",), ALL)
+        pods = (first, PodSpec("x", "a", "n1", ("10.0.1.5",), ALL), PodSpec("x", "b", "n2", ("10.0.2.5",), ALL))
+        fabric = build(FabricSpec(nodes, pods, ("203.0.113.5",), "bridged"))
+        with Servers(fabric) as servers:
+            for key in ("x/first", "x/b"):
+                servers.remove(key)
+                fabric.remove_pod(key)
+            with pytest.raises(ValueError, match=r"10\.0\.2\.1 of pod x/c is the address of its node's bridge"):
+                fabric.add_pod(PodSpec("x", "c", "n1", ("10.0.2.1",)))
+            for new in (PodSpec("x", "c", "n1", ("10.0.1.9",), ALL), PodSpec("x", "d", "n2", ("10.0.2.9",), ALL)):
+                fabric.add_pod(new)
+                servers.add(new.key, new.listen)
+            keys = ("x/a", "x/c", "x/d", "outside")
+            pairs = [(src, dst) for src in keys for dst in keys]
+            asked = [Probe(src, address(fabric, dst, 4), "TCP", 80, True) for src, dst in pairs]
+            assert [outcome.who for outcome in probe(fabric, asked)] == [dst for _, dst in pairs]
+        return 0
+
+    assert enclosure.run(work) == 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from agent.core.inventory import Inventory
 from agent.dataplane.iptables import Backend
 from agent.lab.lab import Lab
 from agent.lab.probes import Probe, probe
+from agent.lab.services import ServiceSpec
 from agent.lab.spec import OUTSIDE, Mode, family
 from agent.lab.staging import Stage, Wishes, stage
 from tests.upstream import Addresses, Case, Object, Reachability, Step, objects
@@ -65,7 +66,6 @@ class Ask:
     protocol: str
     port: int
     expected: bool
-    served: bool = False
 
     def __str__(self) -> str:
         port = self.protocol if self.protocol == "ICMP" else f"{self.protocol} {self.port}"
@@ -75,33 +75,38 @@ class Ask:
 def asked(step: Step, addresses: Addresses) -> list[Ask]:
     """All probes of a step, in each family."""
     return [
-        Ask(src, dst, address, one.protocol, one.port or 0, expected, one.port in step.ports and dst != OUTSIDE)
+        Ask(src, dst, address, one.protocol, one.port or 0, expected)
         for one in step.probes
         for src, dst, expected in one.expected.pairs()
         for address in addresses[dst]
     ]
 
 
-def through(
-    address: str, name: str, protocol: str, port: int, expected: Reachability, endpoint: str, sources: Iterable[str]
-) -> list[Ask]:
-    """The probes of a Service's address: each source is expected to fare as with the endpoint itself."""
-    table = {src: reached for src, dst, reached in expected.pairs() if dst == endpoint}
-    return [Ask(src, name, address, protocol, port, table.get(src, True)) for src in sources]
+def through(name: str, address: str, protocol: str, port: int, endpoint: str, expected: Reachability) -> list[Ask]:
+    """The probes of a Service's address from every pod: each fares as with the endpoint, which reaches itself."""
+    table = {src: connected for src, dst, connected in expected.pairs() if dst == endpoint}
+    return [
+        Ask(src, name, address, protocol, port, table.get(src, True)) for src in expected.endpoints if src != OUTSIDE
+    ]
 
 
 def check(lab: Lab, asks: Sequence[Ask], timeout: float = 0.4) -> Iterator[str]:
     """Send the packets of all asks at once; a line for each that was not as written."""
     probes = [Probe(a.source, a.address, a.protocol, a.port, a.expected) for a in asks]  # type: ignore[arg-type]
+    listening = {(pod.key, *port) for pod in lab.pods().values() for port in pod.listen}
     for ask, outcome in zip(asks, probe(lab.fabric, probes, timeout=timeout)):
+        served = (ask.destination, ask.protocol, ask.port) in listening
         if outcome.reached != ask.expected:
             yield f"{ask}: expected {_word(ask.expected)}, found {_word(outcome.reached)} ({outcome.detail})"
-        elif ask.served and outcome.reached and ask.protocol != "ICMP" and outcome.who != ask.destination:
+        elif outcome.reached and served and outcome.who != ask.destination:
             yield f"{ask}: {outcome.who} answered ({outcome.detail})"
 
 
 def _word(reached: bool) -> str:
     return "connected" if reached else "denied"
+
+
+MoreAsks = Callable[[Step], list[Ask]]
 
 
 class Player:
@@ -126,11 +131,15 @@ class Player:
             raise AssertionError(f"the lab's own nodes have problems: {enforced.problems}")
         return self.lab, staged
 
-    def play(self, case: Case) -> Iterator[str]:
-        """A case, step by step; a line for each packet that fared otherwise than written."""
+    def play(self, case: Case, services: Sequence[ServiceSpec] = (), more: MoreAsks = lambda _: []) -> Iterator[str]:
+        """A case, step by step; a line for each packet that fared otherwise than written.
+
+        `services` are translated in the nodes; `more` says what to ask of a step beside its own probes."""
         for number, step in enumerate(case.steps, 1):
-            lab, _ = self.enforce(self.cast.objects(step))
-            for line in check(lab, asked(step, self.cast.addresses)):
+            lab, staged = self.enforce(self.cast.objects(step))
+            if number == 1:
+                lab.load_services(replace(staged, services=tuple(services)))
+            for line in check(lab, [*asked(step, self.cast.addresses), *more(step)]):
                 yield f"case {case.number} ({case.title}), step {number}: {line}"
 
     def close(self) -> None:
@@ -140,9 +149,13 @@ class Player:
 
 def play_all(cases: Sequence[Case], backend: str, mode: Mode) -> list[str]:
     """Play cases of the same pods in one lab."""
-    pods: Mapping[str, object] = {ref: None for case in cases for step in case.steps for ref in step.pods}
-    player = Player(pods, backend, mode)
+    player = Player(cast_of(*cases), backend, mode)
     try:
         return [line for case in cases for line in player.play(case)]
     finally:
         player.close()
+
+
+def cast_of(*cases: Case) -> list[str]:
+    """The pods of all steps."""
+    return list(dict.fromkeys(ref for case in cases for step in case.steps for ref in step.pods))

@@ -26,6 +26,11 @@ def run_lanes(lanes: Sequence[Lane]) -> list[str]:
     return [line for number, one in enumerate(started) for line in _finish(number, *one)]
 
 
+def said(wrong: Sequence[str]) -> str:
+    """For an assertion: how many lines there are, and the first of them."""
+    return "\n".join([f"{len(wrong)} found wrong:", *wrong[:40], *(["…"] if len(wrong) > 40 else [])])
+
+
 def in_enclosure(lane: Lane) -> list[str]:
     """Run one lane."""
     return run_lanes([lane])
@@ -54,10 +59,10 @@ def _report(lane: Lane, write: int) -> int:
 
 def _finish(number: int, child: int, results: int, life: int) -> list[str]:
     with open(results, encoding="utf-8") as pipe:
-        said = pipe.read()
+        text = pipe.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.close(life)
-    if code or not said:
+    if code or not text:
         return [f"lane {number} ended with {code}; its traceback is on standard error"]
-    lines: list[str] = json.loads(said)
+    lines: list[str] = json.loads(text)
     return lines
