@@ -80,8 +80,7 @@ def node_lines(spec: FabricSpec, node: NodeSpec) -> list[str]:
     for version, hop in _DEFAULT_HOP.items():
         lines.append(f"route add default via {hop} dev eth0 onlink{sources[version]}")
     lines += [
-        f"route add {address}/{_HOST[family(address)]} dev eth0{sources[family(address)]}"
-        for address in spec.outside
+        f"route add {address}/{_HOST[family(address)]} dev eth0{sources[family(address)]}" for address in spec.outside
     ]
     for other_position, other in enumerate(spec.nodes):
         if other is not node:

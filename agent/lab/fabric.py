@@ -261,9 +261,7 @@ def build(spec: FabricSpec) -> Fabric:
         raise RuntimeError("a fabric is built in an enclosure only, and by its main thread")
     spec.check()
     if spec.mode == "bridged" and not os.path.exists("/proc/sys/net/bridge"):
-        raise LabUnavailable(
-            "bridged pods need the kernel module br_netfilter: run `modprobe br_netfilter` as root"
-        )
+        raise LabUnavailable("bridged pods need the kernel module br_netfilter: run `modprobe br_netfilter` as root")
     fabric = Fabric(spec)
     try:
         fabric._build()

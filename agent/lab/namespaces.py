@@ -45,9 +45,7 @@ def setns(descriptor: int, kind: int) -> None:
 def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
     """mount(2); kind is the file system's type, empty for bind mounts and changes of propagation."""
     number = ctypes.c_ulong(flags)
-    done = _libc.mount(
-        source.encode(), target.encode(), kind.encode() or None, number, options.encode() or None
-    )
+    done = _libc.mount(source.encode(), target.encode(), kind.encode() or None, number, options.encode() or None)
     _checked(done, f"mount {kind or source} on {target}")
 
 

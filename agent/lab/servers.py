@@ -207,9 +207,7 @@ class Servers:
                     reply = sctp.Packet(asked.port, asked.source_port, asked.tag, sctp.ABORT)
                 else:
                     tag = int.from_bytes(os.urandom(4), "big") | 1
-                    reply = sctp.Packet(
-                        asked.port, asked.source_port, asked.tag, sctp.INIT_ACK, tag, owner.encode()
-                    )
+                    reply = sctp.Packet(asked.port, asked.source_port, asked.tag, sctp.INIT_ACK, tag, owner.encode())
                 back = (peer[0], 0, *peer[2:])
                 raw.sendmsg([reply.encode()], [_from_asked(item) for item in extra], 0, back)
 

@@ -43,9 +43,7 @@ class ServiceSpec:
     ports: tuple[ServicePort, ...]
 
 
-def rules(
-    services: Sequence[ServiceSpec], node_addresses: Sequence[str], version: int, *, hooks: bool = True
-) -> str:
+def rules(services: Sequence[ServiceSpec], node_addresses: Sequence[str], version: int, *, hooks: bool = True) -> str:
     """The text for `iptables-restore --noflush` of one family (version 4 or 6) in one node.
 
     It replaces what an earlier text of this function put into the same chains. With `hooks` the chains are

@@ -90,9 +90,7 @@ class TestLoading:
             (outcome,) = probe(fabric, [Probe("x/a", "10.96.0.1", "TCP", 8080, True)])
             assert outcome.who == "x/c"
             with fabric.inside("node:n1"):
-                saved = subprocess.run(
-                    [f"iptables-{backend}-save"], check=True, capture_output=True, text=True
-                ).stdout
+                saved = subprocess.run([f"iptables-{backend}-save"], check=True, capture_output=True, text=True).stdout
             assert saved.count("-j LAB-SERVICES") == 2
             assert saved.count("-j LAB-REJECT") == 3
             assert "x/other" not in saved

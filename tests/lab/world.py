@@ -35,9 +35,7 @@ def pod(name: str, node: str, octet: int, **more: object) -> PodSpec:
 
 def small(mode: Mode) -> FabricSpec:
     """Pods a and b on n1, c on n2, a hostNetwork pod h on n2, and a host outside with two addresses."""
-    nodes = tuple(
-        NodeSpec(f"n{i}", (f"192.168.0.{i}", f"fd00:1::{i:x}"), (("TCP", 10250),)) for i in (1, 2)
-    )
+    nodes = tuple(NodeSpec(f"n{i}", (f"192.168.0.{i}", f"fd00:1::{i:x}"), (("TCP", 10250),)) for i in (1, 2))
     host = PodSpec("x", "h", "n2", nodes[1].addresses, (("TCP", 9100), ("SCTP", 9100)), host_network=True)
     pods = (pod("a", "n1", 10), pod("b", "n1", 11), pod("c", "n2", 10), host)
     outside = ("203.0.113.5", "203.0.113.6", "2001:db8::5", "2001:db8::6")
