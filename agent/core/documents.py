@@ -6,31 +6,48 @@ dates as strings, a key twice is an error.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import yaml
 
 from agent.core.findings import BadInput, Finding
 
+DEPTH = 200
+"""Levels of nesting that are read; the API server refuses far fewer."""
+
+
+@dataclass(slots=True)
+class Node:
+    """One YAML node. `value` is the text of a scalar, the items of a list, or the (key, item) pairs of a mapping.
+
+    `plain` tells a scalar that is neither quoted nor tagged, whose text alone says what it is."""
+
+    kind: Literal["scalar", "list", "mapping"]
+    value: Any
+    line: int
+    tag: str | None = None
+    plain: bool = False
+
 
 @dataclass
 class Document:
-    """One document: its value, and where it stands. `node` is None for JSON, which knows no lines until asked."""
+    """One document: its value, and where it stands. `node` is None for JSON, which knows no lines."""
 
     value: Any
     file: str
-    node: yaml.Node | None = None
+    node: Node | None = None
 
     def lines(self, path: str = "") -> dict[str, int]:
         """The line of every field below `path`, by its path relative to there; {} where not known."""
         start = _walk(self.node, path)
         found: dict[str, int] = {}
         if start is not None:
-            _collect(start, "", found, start.start_mark.line + 1, set())
+            _collect(start, "", found, start.line, set())
         return found
 
     def where(self, path: str) -> str:
@@ -38,7 +55,7 @@ class Document:
         while path and _walk(self.node, path) is None:
             path = re.sub(r"(\.?[^.\[\]]+|\[\d+\])$", "", path)
         node = _walk(self.node, path)
-        return self.file if node is None else f"{self.file}:{node.start_mark.line + 1}"
+        return self.file if node is None else f"{self.file}:{node.line}"
 
 
 def parse(data: bytes, file: str) -> Iterator[Document]:
@@ -52,31 +69,33 @@ def parse(data: bytes, file: str) -> Iterator[Document]:
 
 
 def _parse_json(data: bytes, file: str) -> list[Document] | None:
-    """The documents of a stream of JSON values; None when it is not one."""
+    """The documents of a stream of JSON values; None when it is not one, and the YAML reader tells what is wrong."""
+    try:
+        return [Document(msgspec.json.decode(data), file)]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
     documents = []
-    while data.strip():
-        try:
-            documents.append(Document(msgspec.json.decode(data), file))
-            break
-        except msgspec.DecodeError as error:
-            trailing = re.search(r"trailing characters \(byte (\d+)\)", str(error))
-            if not trailing:
-                return None
-            end = int(trailing[1])
-            documents.append(Document(msgspec.json.decode(data[:end]), file))
-            data = data[end:]
-        except UnicodeDecodeError:
-            return None
+    try:
+        text = data.decode()
+        end = 0
+        while rest := text[end:].lstrip():
+            end = len(text) - len(rest)
+            value, end = _JSON.raw_decode(text, end)
+            documents.append(Document(value, file))
+    except (ValueError, RecursionError):
+        return None
     return documents
+
+
+_JSON = json.JSONDecoder()
 
 
 def _parse_yaml(data: bytes, file: str) -> Iterator[Document]:
     try:
-        for node in yaml.compose_all(data, Loader=yaml.CSafeLoader):
-            if node is not None:
-                value = _Builder(file).build(node)
-                if value is not None:
-                    yield Document(value, file, node)
+        for node in _compose(data, file):
+            value = _Builder(file).build(node)
+            if value is not None:
+                yield Document(value, file, node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{file}:{mark.line + 1}" if mark else file
@@ -84,8 +103,54 @@ def _parse_yaml(data: bytes, file: str) -> Iterator[Document]:
     except (yaml.YAMLError, UnicodeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise BadInput([Finding("yaml-broken", file, "", f"cannot be read: {reason}", file)]) from error
-    except RecursionError as error:
-        raise BadInput([Finding("yaml-broken", file, "", "is nested too deeply", file)]) from error
+
+
+def _compose(data: bytes, file: str) -> Iterator[Node]:
+    """The root of each document. From events, with a stack of our own: the loaders' composers recurse, and one of them
+    ends the process when a document is nested deeply enough."""
+    anchors: dict[str, Node] = {}
+    open_nodes: list[Node] = []
+    done: list[Any] = []  # the values of each open node so far; a mapping's keys and items alternate
+    for event in yaml.parse(data, Loader=yaml.CSafeLoader):
+        if isinstance(event, yaml.DocumentStartEvent):
+            anchors, open_nodes, done = {}, [], [[]]
+            continue
+        if isinstance(event, yaml.DocumentEndEvent):
+            yield done[0][0]
+            continue
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in anchors:
+                raise _bad(file, "yaml-broken", _line(event), f"the alias {event.anchor!r} is not defined")
+            done[-1].append(anchors[event.anchor])
+        elif isinstance(event, yaml.ScalarEvent):
+            node = Node("scalar", event.value, _line(event), event.tag, event.implicit[0])
+            _name(anchors, event, node)
+            done[-1].append(node)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            if len(open_nodes) >= DEPTH:
+                raise _bad(file, "yaml-broken", _line(event), "is nested too deeply")
+            kind: Literal["list", "mapping"] = "list" if isinstance(event, yaml.SequenceStartEvent) else "mapping"
+            node = Node(kind, [], _line(event))
+            _name(anchors, event, node)
+            open_nodes.append(node)
+            done.append([])
+        elif isinstance(event, yaml.CollectionEndEvent):
+            node, values = open_nodes.pop(), done.pop()
+            node.value = values if node.kind == "list" else list(zip(values[::2], values[1::2]))
+            done[-1].append(node)
+
+
+def _line(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark else 0
+
+
+def _name(anchors: dict[str, Node], event: Any, node: Node) -> None:
+    if event.anchor is not None:
+        anchors[event.anchor] = node
+
+
+def _bad(file: str, id: str, line: int, message: str) -> BadInput:
+    return BadInput([Finding(id, file, "", message, f"{file}:{line}")])
 
 
 _TRUE = frozenset(["y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"])
@@ -103,12 +168,12 @@ class _Builder:
         self.built: dict[int, Any] = {}
         self.open: set[int] = set()
 
-    def bad(self, id: str, node: yaml.Node, message: str) -> BadInput:
-        return BadInput([Finding(id, self.file, "", message, f"{self.file}:{node.start_mark.line + 1}")])
+    def bad(self, id: str, node: Node, message: str) -> BadInput:
+        return _bad(self.file, id, node.line, message)
 
-    def build(self, node: yaml.Node) -> Any:
+    def build(self, node: Node) -> Any:
         """The value of a node; a node that aliases name several times is built once."""
-        if isinstance(node, yaml.ScalarNode):
+        if node.kind == "scalar":
             return self.scalar(node)
         key = id(node)
         if key in self.built:
@@ -116,17 +181,17 @@ class _Builder:
         if key in self.open:
             raise self.bad("yaml-broken", node, "an alias leads back into itself")
         self.open.add(key)
-        value = self.mapping(node) if isinstance(node, yaml.MappingNode) else [self.build(n) for n in node.value]
+        value = self.mapping(node) if node.kind == "mapping" else [self.build(item) for item in node.value]
         self.open.discard(key)
         self.built[key] = value
         return value
 
-    def mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
+    def mapping(self, node: Node) -> dict[str, Any]:
         value: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key_node, item in node.value:
-            if key_node.tag == _TAG + "merge":
-                for part in reversed(item.value if isinstance(item, yaml.SequenceNode) else [item]):
+            if key_node.plain and key_node.value == "<<":
+                for part in reversed(item.value if item.kind == "list" else [item]):
                     inherited = self.build(part)
                     if not isinstance(inherited, dict):
                         raise self.bad("yaml-broken", part, "a merge (<<) needs an object")
@@ -138,8 +203,8 @@ class _Builder:
             value[key] = self.build(item)
         return merged | value if merged else value
 
-    def key(self, node: yaml.Node) -> str:
-        if isinstance(node, yaml.ScalarNode):
+    def key(self, node: Node) -> str:
+        if node.kind == "scalar":
             value = self.scalar(node)
             if isinstance(value, bool):
                 return "true" if value else "false"
@@ -147,33 +212,38 @@ class _Builder:
                 return str(value)
         raise self.bad("yaml-broken", node, "a key must be a string")
 
-    def scalar(self, node: yaml.ScalarNode) -> Any:
+    def scalar(self, node: Node) -> Any:
         text: str = node.value
-        if node.style in ("'", '"', "|", ">"):
-            if node.tag not in (_TAG + "str", _TAG + "int", _TAG + "float", _TAG + "bool"):
-                raise self.bad("yaml-broken", node, f"the tag {node.tag} is not known")
+        if node.tag is not None:
+            if node.tag not in (_TAG + "str", "!", _TAG + "binary"):
+                return self.tagged(node)
             return text
-        if node.tag == _TAG + "str" and not _plain_is_str(text):
-            return text  # tagged !!str
-        if text in _NULL:
-            return None
-        if text in _TRUE or text in _FALSE:
-            return text in _TRUE
-        if _INT.fullmatch(text):
-            number = _integer(text)
-            if number is not None:
-                return number
-        if _FLOAT.fullmatch(text) and text not in (".", "+", "-"):
-            fraction = float(text)
-            return int(fraction) if fraction.is_integer() and abs(fraction) < 1e21 else fraction
-        if _SPECIAL.fullmatch(text):
-            return float(text.lower().replace(".", ""))
-        return text
+        return _plain(text) if node.plain else text
+
+    def tagged(self, node: Node) -> Any:
+        wanted = {_TAG + "int": int, _TAG + "float": (int, float), _TAG + "bool": bool, _TAG + "null": type(None)}
+        value = _plain(node.value)
+        if node.tag not in wanted or not isinstance(value, wanted[node.tag]):  # type: ignore[arg-type]
+            raise self.bad("yaml-broken", node, f"{node.value!r} cannot be read as {node.tag}")
+        return value
 
 
-def _plain_is_str(text: str) -> bool:
-    """Whether the loader's own resolver gives the tag str to a plain scalar, so that the tag says nothing."""
-    return yaml.CSafeLoader("").resolve(yaml.ScalarNode, text, (True, False)) == _TAG + "str"  # type: ignore[no-untyped-call, no-any-return]
+def _plain(text: str) -> Any:
+    """What an unquoted scalar is, by YAML 1.1 as kubectl reads it."""
+    if text in _NULL:
+        return None
+    if text in _TRUE or text in _FALSE:
+        return text in _TRUE
+    if _INT.fullmatch(text):
+        number = _integer(text)
+        if number is not None:
+            return number
+    if _FLOAT.fullmatch(text):
+        fraction = float(text)
+        return int(fraction) if fraction.is_integer() and abs(fraction) < 1e21 else fraction
+    if _SPECIAL.fullmatch(text):
+        return float(text.lower().replace(".", ""))
+    return text
 
 
 def _integer(text: str) -> int | None:
@@ -191,27 +261,26 @@ def _integer(text: str) -> int | None:
 # --- lines -----------------------------------------------------------------------------------------------------------
 
 
-def _walk(node: yaml.Node | None, path: str) -> yaml.Node | None:
+def _walk(node: Node | None, path: str) -> Node | None:
     for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
-        if isinstance(node, yaml.MappingNode) and name:
+        if node is not None and node.kind == "mapping" and name:
             node = next((item for key, item in node.value if key.value == name), None)
-        elif isinstance(node, yaml.SequenceNode) and index and int(index) < len(node.value):
+        elif node is not None and node.kind == "list" and index and int(index) < len(node.value):
             node = node.value[int(index)]
         else:
             return None
     return node
 
 
-def _collect(node: yaml.Node, path: str, found: dict[str, int], line: int, above: set[int]) -> None:
+def _collect(node: Node, path: str, found: dict[str, int], line: int, seen: set[int]) -> None:
     found[path] = line
-    if id(node) in above or isinstance(node, yaml.ScalarNode):
-        return
-    below = above | {id(node)}
-    if isinstance(node, yaml.MappingNode):
+    if id(node) in seen:
+        return  # an alias: its inside has the lines of its anchor, under the anchor's path
+    seen.add(id(node))
+    if node.kind == "mapping":
         for key, item in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                name = f"{path}.{key.value}" if path else str(key.value)
-                _collect(item, name, found, key.start_mark.line + 1, below)
-    else:
+            if key.kind == "scalar":
+                _collect(item, f"{path}.{key.value}" if path else key.value, found, key.line, seen)
+    elif node.kind == "list":
         for index, item in enumerate(node.value):
-            _collect(item, f"{path}[{index}]", found, item.start_mark.line + 1, below)
+            _collect(item, f"{path}[{index}]", found, item.line, seen)
