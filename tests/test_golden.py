@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import msgspec
 import pytest
 
+from agent.cli.main import cli
 from agent.cli.output import SCHEMAS
 from agent.core.inventory import Inventory
 from agent.core.node import Node, load
@@ -30,6 +32,35 @@ def rendered(name: str) -> str:
 def schema(name: str) -> str:
     made = msgspec.json.schema(SCHEMAS[name])
     return msgspec.json.format(msgspec.json.encode(made), indent=2).decode() + "\n"
+
+
+CLI_HEAD = """# The command line
+
+Written from the help texts. Exit codes: 0 done or allowed; 1 denied or findings, as each verb says; 2 usage or bad input,
+nothing was written; 3 could not (no permission, the kernel refused), what was enforced before stays. Warnings and errors go to standard
+error, one a line: `FILE:LINE: Kind namespace/name: field: sentence [id]`. Ids are stable. Colours come on terminals only.
+
+`-o json` prints one document; its schema is [apply](schemas/apply.json), [clean](schemas/clean.json),
+[render](schemas/render.json), [status](schemas/status.json), [lab](schemas/lab.json). Fields may be added, never changed.
+"""
+
+
+def cli_reference() -> str:
+    """docs/cli.md: the help of each verb."""
+    parts = [CLI_HEAD]
+
+    def walk(command: click.Command, path: str) -> None:
+        context = click.Context(command, info_name=path, terminal_width=100, max_content_width=100)
+        parts.append(f"## {path}\n\n```\n{command.get_help(context).strip()}\n```\n")
+        for name, below in sorted(getattr(command, "commands", {}).items()):
+            walk(below, f"{path} {name}")
+
+    walk(cli, "netpol-agent")
+    return "\n".join(parts)
+
+
+def test_the_command_line_reference_is_the_help() -> None:
+    assert cli_reference() == (DOCS / "cli.md").read_text()
 
 
 NAMES = sorted(path.stem for path in HERE.glob("*.yaml"))
@@ -58,5 +89,6 @@ def test_schema(name: str) -> None:
 if __name__ == "__main__":
     for each in NAMES:
         (HERE / f"{each}.txt").write_text(rendered(each))
+    (DOCS / "cli.md").write_text(cli_reference())
     for each in SCHEMAS:
         (DOCS / "schemas" / f"{each}.json").write_text(schema(each))
