@@ -36,12 +36,14 @@ def schema(name: str) -> str:
 
 CLI_HEAD = """# The command line
 
-Written from the help texts. Exit codes: 0 done or allowed; 1 denied or findings, as each verb says; 2 usage or bad input,
-nothing was written; 3 could not (no permission, the kernel refused), what was enforced before stays. Warnings and errors go to standard
-error, one a line: `FILE:LINE: Kind namespace/name: field: sentence [id]`. Ids are stable. Colours come on terminals only.
+Written from the help texts. Exit codes: 0 done or allowed; 1 denied or findings, as each verb says; 2 usage or bad
+input, nothing was written; 3 could not (no permission, the kernel refused), what was enforced before stays. Warnings
+and errors go to standard error, one a line: `FILE:LINE: Kind namespace/name: field: sentence [id]`; ids are stable.
+Colours come on terminals only.
 
-`-o json` prints one document; its schema is [apply](schemas/apply.json), [clean](schemas/clean.json),
-[render](schemas/render.json), [status](schemas/status.json), [lab](schemas/lab.json). Fields may be added, never changed.
+`-o json` prints one document. Its schema: [apply](schemas/apply.json), [clean](schemas/clean.json),
+[render](schemas/render.json), [status](schemas/status.json), [lab](schemas/lab.json). Fields may be added, never
+changed.
 """
 
 

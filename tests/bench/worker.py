@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agent.lab.namespaces import mount
-from tests.bench import control
+from tests.bench import control, datapath
 
 BENCHMARKS: dict[str, Callable[..., control.Result]] = {
     "cold": control.cold,
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[..., control.Result]] = {
     "edit": control.edit,
     "restart": control.restart,
     "idle": control.idle,
+    "datapath": datapath.datapath,
     "crossover": control.crossover,
 }
 
