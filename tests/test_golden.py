@@ -4,6 +4,7 @@ Run `python -m tests.test_golden` after a meant change, and read the difference.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -63,6 +64,15 @@ def cli_reference() -> str:
 
 def test_the_command_line_reference_is_the_help() -> None:
     assert cli_reference() == (DOCS / "cli.md").read_text()
+
+
+def test_every_finding_is_documented() -> None:
+    """Each id that the sources name where they find something, and no other."""
+    calls = re.compile(r"(?:fault|find|Finding|_wrong|_?bad)\(\s*(?:file, )?\"([a-z]+(?:-[a-z]+)+)\"")
+    agent = DOCS.parent / "agent"
+    used = {id for path in agent.rglob("*.py") for id in calls.findall(path.read_text())}
+    documented = set(re.findall(r"^\| `([a-z-]+)`", (DOCS / "findings.md").read_text(), re.MULTILINE))
+    assert used == documented
 
 
 NAMES = sorted(path.stem for path in HERE.glob("*.yaml"))
