@@ -221,6 +221,12 @@ def with_gateways(spec: FabricSpec) -> FabricSpec:
     return replace(spec, gateways=(*spec.gateways, *new))
 
 
+def gateways(spec: FabricSpec, node: NodeSpec) -> list[str]:
+    """The addresses that a node has on the links of its own pods' bridge."""
+    given = dict(spec.gateways)
+    return [given[link] for link in map(str, prefixes(local_pods(spec, node.name))) if link in given]
+
+
 def bridge_gateway(spec: FabricSpec, prefix: Prefix) -> str:
     """The node's own address on a link, as `with_gateways` gave it."""
     return dict(spec.gateways)[str(prefix)]

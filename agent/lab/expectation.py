@@ -12,8 +12,9 @@ from agent.core.addresses import parse_address
 from agent.core.judge import Connection, judge
 from agent.core.node import Node
 from agent.core.rules import Rule, Verdict
+from agent.lab.addressing import gateways
 from agent.lab.services import ServiceSpec
-from agent.lab.spec import FabricSpec, first, plain
+from agent.lab.spec import FabricSpec, family, first, plain
 
 
 @dataclass(frozen=True)
@@ -24,73 +25,91 @@ class Expected:
     why: str
 
 
+End = tuple[str, int]
+"""An address and a port."""
+
+
 class Expectation:
     """Judges connections between the ends of one lab. `cluster` holds every pod (a Node of no name)."""
 
     def __init__(self, cluster: Node, fabric: FabricSpec, services: tuple[ServiceSpec, ...]) -> None:
         self._cluster = cluster
-        self._nodes = {node.name: {plain(a) for a in node.addresses} for node in fabric.nodes}
-        self._node_addresses = {node.name: node.addresses for node in fabric.nodes}
-        self._node_of = {
+        self._addresses = {node.name: node.addresses for node in fabric.nodes}
+        self._own = {node.name: {plain(a) for a in (*node.addresses, *gateways(fabric, node))} for node in fabric.nodes}
+        self._node_of_pod = {
             plain(address): pod.node for pod in fabric.pods if not pod.host_network for address in pod.addresses
         }
         self._services = services
 
     def expect(self, source: str, destination: str, protocol: str, port: int) -> Expected:
         """From one address to another; either may be a pod's, a node's or any other; the destination a Service's."""
-        endpoints = self._translated(destination, protocol, port)
-        if endpoints is None:
-            return self._direct(source, destination, protocol, port)
-        version = 6 if ":" in destination else 4
-        own = [(address, number) for address, number in endpoints if (6 if ":" in address else 4) == version]
+        asked = destination, port
+        found = self._translated(destination, protocol, port)
+        if found is None:
+            return self._judged(source, asked, source, asked, protocol)
+        endpoints, via = found
+        own = [end for end in endpoints if family(end[0]) == family(destination)]
         if not own:
             return Expected(False, "the Service has no endpoint")
-        found = [self._behind(source, destination, address, protocol, number) for address, number in own]
-        if len({one.reaches for one in found}) > 1:
+        ways = [self._way(source, asked, end, via, protocol) for end in own]
+        if len({one.reaches for one in ways}) > 1:
             return Expected(None, "depends on the endpoint that is picked")
-        return found[0]
+        return ways[0]
 
-    def _translated(self, destination: str, protocol: str, port: int) -> tuple[tuple[str, int], ...] | None:
-        """The endpoints of the Service port that has this address, or this node port; None when none has."""
+    def _translated(self, destination: str, protocol: str, port: int) -> tuple[tuple[End, ...], str | None] | None:
+        """The endpoints of the Service port that has this address, or of this node port and the node that translates
+        it; None when no Service has it."""
         usual = plain(destination)
-        on_node = any(usual in addresses for addresses in self._nodes.values())
+        via = next((name for name, addresses in self._addresses.items() if usual in map(plain, addresses)), None)
         for service in self._services:
             for served in service.ports:
                 if served.protocol != protocol:
                     continue
                 if served.port == port and usual in map(plain, service.cluster_ips):
-                    return served.endpoints
-                if on_node and served.node_port == port:
-                    return served.endpoints
+                    return served.endpoints, None
+                if via is not None and served.node_port == port:
+                    return served.endpoints, via
         return None
 
-    def _behind(self, source: str, asked: str, endpoint: str, protocol: str, port: int) -> Expected:
-        """An endpoint of a Service. Through a NodePort of another node the pod's node sees that node (line 35)."""
-        via = self._home(asked)
-        home = self._node_of.get(plain(endpoint))
-        if via is not None and via != home and via != self._home(source):
-            own = first(self._node_addresses[via], 6 if ":" in endpoint else 4)
-            if own is not None:
-                return self._direct(own, endpoint, protocol, port)
-        return self._direct(source, endpoint, protocol, port)
+    def _way(self, source: str, asked: End, endpoint: End, via: str | None, protocol: str) -> Expected:
+        """To one endpoint. A cluster address is translated by the source's own node, a node port by the node that was
+        asked, which stands in for the source when it sends on to another node (semantics.md line 35)."""
+        there, seen = endpoint, source
+        if via is not None and via != self._node(source):
+            there = asked
+        if via is not None and via != self._node(endpoint[0]):
+            seen = first(self._addresses[via], family(endpoint[0])) or source
+        return self._judged(source, there, seen, endpoint, protocol)
 
-    def _home(self, address: str) -> str | None:
-        """The node in whose own network stack the address is."""
-        return next((name for name, own in self._nodes.items() if plain(address) in own), None)
+    def _node(self, address: str) -> str | None:
+        """The node that a pod is on, or in whose own network stack the address is."""
+        usual = plain(address)
+        own = (name for name, addresses in self._own.items() if usual in addresses)
+        return self._node_of_pod.get(usual) or next(own, None)
 
-    def _direct(self, source: str, destination: str, protocol: str, port: int) -> Expected:
-        home = self._node_of.get(plain(source)), self._node_of.get(plain(destination))
-        if home[0] is not None and home[0] == self._home(destination):
-            return Expected(True, "to the pod's own node")
-        if home[1] is not None and home[1] == self._home(source):
-            return Expected(True, "from the pod's own node")
-        packed = parse_address(source), parse_address(destination)
-        judged = judge(self._cluster, Connection(*packed, protocol, port))
-        for rule, side in ((judged.egress, "egress"), (judged.ingress, "ingress")):
+    def _judged(self, source: str, there: End, seen: str, endpoint: End, protocol: str) -> Expected:
+        """Egress as the source's node sees it, to `there`; ingress as the endpoint's node sees it, from `seen`."""
+        if plain(source) == plain(seen) == plain(endpoint[0]):
+            return Expected(True, "a pod reaches itself")
+        own = []
+        decided = []
+        for direction, pod, peer, sender, target in (
+            ("egress", source, there[0], source, there),
+            ("ingress", endpoint[0], seen, seen, endpoint),
+        ):
+            home = self._node_of_pod.get(plain(pod))
+            if home is not None and plain(peer) in self._own[home]:
+                own.append(f"{'to' if direction == 'egress' else 'from'} the pod's own node")
+                continue
+            packet = Connection(parse_address(sender), parse_address(target[0]), protocol, target[1])
+            rule = getattr(judge(self._cluster, packet), direction)
             if rule is not None and rule.verdict is Verdict.DENY:
-                return Expected(False, f"{side}: {_denial(rule)}")
-        rules = [str(rule.origin) for rule in judged if rule is not None]
-        return Expected(True, "allowed by " + " and ".join(rules) if rules else "no policy isolates")
+                return Expected(False, f"{direction}: {_denial(rule)}")
+            if rule is not None:
+                decided.append(str(rule.origin))
+        if decided:
+            return Expected(True, "allowed by " + " and ".join(decided))
+        return Expected(True, own[0] if own else "no policy isolates")
 
 
 def _denial(rule: Rule) -> str:

@@ -129,6 +129,8 @@ class Fabric:
                 self._ip(other.key, addressing.remote_pod_lines(grown, pod, other))
         self._ip(OUTSIDE, addressing.remote_pod_lines(grown, pod, None))
         self._adapt(before)
+        if grown.mode == "bridged":
+            self._announce(pod)
 
     def remove_pod(self, key: str) -> None:
         """End a pod: its interface at once, its namespace with the last socket in it. Raises KeyError."""
@@ -198,6 +200,13 @@ class Fabric:
             old, new = addressing.pod_routes(before, pod), addressing.pod_routes(self._spec, pod)
             lines = [f"route add {line}" for line in new - old]
             self._ip(pod.key, lines + [f"route del {line}" for line in old - new])
+
+    def _announce(self, pod: PodSpec) -> None:
+        """Nobody on the bridge keeps the hardware address of who had these addresses before: CNI plugins announce a
+        pod, here they forget."""
+        lines = [f"neigh flush to {address}" for address in pod.addresses]
+        for key in [node_key(pod.node), *(p.key for p in addressing.local_pods(self._spec, pod.node) if p != pod)]:
+            self._ip(key, lines)
 
     def _check_bridge(self, pod: PodSpec) -> None:
         if self._spec.mode == "routed" or pod.host_network:

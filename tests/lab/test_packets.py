@@ -133,14 +133,17 @@ def test_pods_come_and_go(mode: Mode, version: int) -> None:
                 fabric.remove_pod(new.key)
             silent = [Probe(src, to, "TCP", 80) for src in ("x/a", "x/c", "outside") for to in gone]
             assert not any(outcome.reached for outcome in probe(fabric, silent))
-            # The address is given to another pod, on the other node.
-            other = replace(added[0], name="f", node="n1")
-            fabric.add_pod(other)
-            servers.add(other.key, other.listen)
-            again = [Probe(src, gone[0], "TCP", 80, True) for src in ("x/a", "x/c", "outside")]
-            assert [outcome.who for outcome in probe(fabric, again)] == ["x/f"] * 3
-            same = attach(fabric.to_json())
-            assert probe(same, again[:1])[0].who == "x/f"
+            # The address is given to another pod, on the other node; then to a third one at once.
+            for name in ("f", "g"):
+                other = replace(added[0], name=name, node="n1")
+                fabric.add_pod(other)
+                servers.add(other.key, other.listen)
+                again = [Probe(src, gone[0], "TCP", 80, True) for src in ("x/a", "x/c", "outside")]
+                assert [outcome.who for outcome in probe(fabric, again)] == [other.key] * 3
+                same = attach(fabric.to_json())
+                assert probe(same, again[:1])[0].who == other.key
+                servers.remove(other.key)
+                fabric.remove_pod(other.key)
         return 0
 
     assert enclosure.run(work) == 0
