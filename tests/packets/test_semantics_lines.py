@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterable
+from itertools import product
+
+import pytest
 
 from agent.lab.spec import OUTSIDE
 from tests.lab.world import needs_root
+from tests.packets import raw
 from tests.packets.cases import OUTSIDE_ADDRESSES
+from tests.packets.lanes import in_enclosure
 from tests.packets.scene import (
     EVERY,
     HOST_PORT,
@@ -40,6 +46,9 @@ def ports(number: int) -> list[Object]:
     return [{"protocol": protocol, "port": number} for protocol in TRANSPORT]
 
 
+A_CLOSED, A_OPEN_TO_C = isolate("a", ingress=[]), isolate("a", ingress=[{"from": [pods("c")]}])
+
+
 def over(protocols: Iterable[str], src: str, dst: str, port: int, arrives: bool) -> list[Want]:
     return [(src, dst, protocol, port, arrives) for protocol in protocols]
 
@@ -54,7 +63,7 @@ def test_7_replies_pass_while_the_reverse_is_denied() -> None:
 
 
 def test_8_isolation_covers_every_protocol() -> None:
-    """253 is a protocol for experiments: a rule with ports never matches it, one without does."""
+    """A rule with ports never matches another protocol, one without does."""
 
     def body(scene: Scene) -> None:
         for policies, arrives in (
@@ -66,7 +75,7 @@ def test_8_isolation_covers_every_protocol() -> None:
         ):
             scene.enforce(*policies)
             for other in (B, C):
-                scene.expect_raw(A, other, 253, lambda *_: b"anything", arrives)
+                scene.expect_raw(A, other, "any", lambda *_: b"anything", arrives)
 
     everywhere(body)
 
@@ -208,5 +217,135 @@ def test_38_neighbours_are_found_under_deny_all() -> None:
             scene.check(*over(("TCP", "ICMP"), B, A, 80, False))
         if scene.mode == "bridged" and not scene.counted(NODE_1, 6, "filter", "NPA-FORWARD", "ipv6-icmptype 135"):
             scene.wrong.append("no neighbour solicitation has met our rules: this test shows nothing")
+
+    everywhere(body)
+
+
+def test_39_errors_of_an_allowed_connection_arrive() -> None:
+    """Port unreachable from a pod that may send nothing, to one that may receive nothing; a router's time exceeded."""
+
+    def body(scene: Scene) -> None:
+        scene.enforce(isolate("a", ingress=[]), isolate("b", egress=[]), isolate("c", egress=[]))
+        scene.check(*((A, other, "UDP", 4444, True) for other in (B, C)), timeout=1.0)
+        for address, node in zip(scene.addresses(C), NODE[2]):
+            found = raw.expires(scene.fabric, A, address, 80, hops=2)
+            if found != node:
+                scene.wrong.append(
+                    f"{scene.step}: time exceeded on the way to {address}: from {found}, not from {node}"
+                )
+
+    everywhere(body)
+
+
+def test_39_errors_of_no_connection_are_judged() -> None:
+    """A port unreachable that quotes a packet which was never sent is no connection's (line 40): as a new packet."""
+
+    def body(scene: Scene) -> None:
+        for policy, arrives in (
+            (isolate("a", ingress=[]), False),
+            (isolate("a", ingress=[{"from": [pods("c")]}]), True),
+        ):
+            scene.enforce(policy)
+            scene.expect_raw(C, A, "ICMP", raw.unreachable, arrives)
+
+    everywhere(body)
+
+
+def refusal_of_the_helper() -> list[str]:
+    done = subprocess.run(["iptables-nft", *FTP_HELPER], capture_output=True, text=True, check=False)
+    return [done.stderr] if done.returncode else []
+
+
+FTP_HELPER = ("-t", "raw", "-A", "PREROUTING", "-p", "tcp", "--dport", "21", "-j", "CT", "--helper", "ftp")
+
+
+def test_39_what_an_expectation_announces_is_judged_as_new() -> None:
+    """FTP's active mode: the server's data connection to the client is RELATED, and TCP."""
+    if in_enclosure(refusal_of_the_helper):
+        pytest.skip("needs the kernel's connection tracking helper for FTP (nf_conntrack_ftp)")
+
+    def body(scene: Scene) -> None:
+        for node, version in product((NODE_1, NODE_2), (4, 6)):
+            scene.tool(node, version, *FTP_HELPER)
+            related = ("-p", "tcp", "-m", "conntrack", "--ctstate", "RELATED", "-m", "comment", "--comment", "related")
+            scene.tool(node, version, "-t", "mangle", "-A", "FORWARD", *related)
+        for policy, arrives in (
+            (isolate("a", ingress=[]), False),
+            (isolate("a", ingress=[{"from": [pods("c")]}]), True),
+        ):
+            scene.enforce(policy)
+            for own, server in zip(scene.addresses(A), scene.addresses(C)):
+                version = 6 if ":" in own else 4
+                before = scene.counted(NODE_1, version, "mangle", "FORWARD", "related")
+                if raw.active_ftp(scene.fabric, (A, own), (C, server)) is not arrives:
+                    scene.wrong.append(
+                        f"{scene.step}: the data connection to {own} was {'lost' if arrives else 'let in'}"
+                    )
+                if scene.counted(NODE_1, version, "mangle", "FORWARD", "related") == before:
+                    scene.wrong.append(f"{scene.step}: the connection to {own} was not RELATED: nothing is shown")
+
+    everywhere(body)
+
+
+def test_40_invalid_packets_are_judged_as_new() -> None:
+    """An ACK of no connection, where the kernel takes up none in their middle."""
+
+    def body(scene: Scene) -> None:
+        for node in (NODE_1, NODE_2):
+            scene.run(node, "sh", "-c", "echo 0 > /proc/sys/net/netfilter/nf_conntrack_tcp_loose")
+            for version in (4, 6):
+                invalid = ("-m", "conntrack", "--ctstate", "INVALID", "-m", "comment", "--comment", "invalid")
+                scene.tool(node, version, "-t", "mangle", "-A", "FORWARD", *invalid)
+        for policies, arrives in (
+            ((), True),
+            ((isolate("b", ingress=[]), isolate("c", ingress=[])), False),
+            ((isolate("a", egress=[{"ports": [{"port": 81}]}]),), False),
+            ((isolate("a", egress=[{"ports": [{"port": 80}]}]), isolate("c", ingress=[{"from": [pods("a")]}])), True),
+        ):
+            scene.enforce(*policies)
+            for other in (B, C):
+                counted = [scene.counted(NODE_1, version, "mangle", "FORWARD", "invalid") for version in (4, 6)]
+                scene.expect_raw(A, other, "TCP", lambda own, to: raw.tcp(own, to, 80, raw.ACK), arrives)
+                for version, before in zip((4, 6), counted):
+                    if scene.counted(NODE_1, version, "mangle", "FORWARD", "invalid") == before:
+                        scene.wrong.append(f"{scene.step}: the IPv{version} packet was not INVALID: nothing is shown")
+
+    everywhere(body)
+
+
+def test_40_untracked_packets_are_judged_as_new_also_replies() -> None:
+    def body(scene: Scene) -> None:
+        for node, version in product((NODE_1, NODE_2), (4, 6)):
+            for side in ("--dport", "--sport"):
+                scene.tool(node, version, "-t", "raw", "-A", "PREROUTING", "-p", "udp", side, "80", "-j", "NOTRACK")
+        for policies, arrives in (
+            ((), True),
+            ((isolate("b", ingress=[]), isolate("c", ingress=[])), False),
+            ((isolate("b", ingress=[{"from": [pods("a")]}]), isolate("c", ingress=[{"from": [pods("a")]}])), True),
+            ((isolate("a", ingress=[{"from": [pods("b"), pods("c")]}]),), True),
+        ):
+            scene.enforce(*policies)
+            scene.check((A, B, "UDP", 80, arrives), (A, C, "UDP", 80, arrives))
+        # Here the judge, who knows connections only, would let the reply pass.
+        scene.enforce(isolate("a", ingress=[]))
+        scene.check((A, B, "UDP", 80, False), (A, C, "UDP", 80, False), judged=False)
+
+    everywhere(body)
+
+
+def test_40_fragments_are_judged_as_the_packet_they_were() -> None:
+    """The later fragments of a datagram carry no port, and pass or not with the first."""
+
+    def body(scene: Scene) -> None:
+        for policies, arrives in (
+            ((isolate("b", ingress=[{"ports": ports(80)}]), isolate("c", ingress=[{"ports": ports(80)}])), True),
+            ((isolate("b", ingress=[{"ports": ports(8080)}]), isolate("c", ingress=[{"ports": ports(8080)}])), False),
+            ((isolate("a", egress=[{"ports": ports(80)}]),), True),
+            ((isolate("a", egress=[{"ports": ports(8080)}]),), False),
+        ):
+            scene.enforce(*policies)
+            for address in (*scene.addresses(B), *scene.addresses(C)):
+                if raw.large_datagram(scene.fabric, A, address, 80) is not arrives:
+                    scene.wrong.append(f"{scene.step}: fragments to {address} {'were lost' if arrives else 'arrived'}")
 
     everywhere(body)
