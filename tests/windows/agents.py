@@ -1,0 +1,58 @@
+"""The real agent's writer in the field: it makes the steps of a walk, one process after another where that is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from agent.lab.spec import node_key
+from tests.dataplane.kernel import Kernel
+from tests.dataplane.scenes import Agent, desired
+from tests.windows.field import NODE, Field
+from tests.windows.promise import Objects, Step
+
+
+class Writer:
+    """An agent on the node of a field. The first world comes before the flood."""
+
+    def __init__(self, field: Field, backend: str) -> None:
+        self.field = field
+        self.backend = backend
+        self._agent: Agent | None = None
+
+    def close(self) -> None:
+        if self._agent is not None:
+            self._agent.dataplane.close()
+            self._agent = None
+
+    def begin(self, objects: Objects) -> None:
+        """Enforce a world, whatever was there, while nothing is asked."""
+        self.field.count()
+        with self.field.fabric.inside(node_key(NODE)):
+            self._restart(objects)
+
+    def walk(self, steps: Iterable[Step]) -> None:
+        first, *others = steps
+        self.begin(first.after)
+        for step in others:
+            self.field.under_flood(step.title, step.asked, lambda step=step: self._make(step))  # type: ignore[misc]
+        self.check()
+
+    def _make(self, step: Step) -> None:
+        if step.restart or self._agent is None:
+            self._restart(step.after)
+        else:
+            self._agent.change(step.after)
+
+    def _restart(self, objects: Objects) -> None:
+        self.close()
+        self._agent = Agent(self.backend, objects)
+        self._agent.sync()
+
+    def check(self) -> None:
+        """The kernel holds what the objects ask for, as if written from scratch."""
+        assert self._agent is not None
+        with self.field.fabric.inside(node_key(NODE)):
+            self._agent.sync()  # sets that a rule still used a moment ago
+            held: dict[str, Any] = Kernel(self.backend).ours()
+        assert held == desired(self._agent.objects)

@@ -1,0 +1,80 @@
+"""What no packet may meet while objects change: the promise of semantics.md line 44, by the oracle."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tests import oracle, worlds
+from tests.test_model import mixtures
+from tests.windows.field import NODE, Asked
+from tests.windows.frames import Probe
+
+Objects = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A change, and what is asked meanwhile. `restart`: another process makes it."""
+
+    title: str
+    after: Objects
+    asked: tuple[Asked, ...]
+    restart: bool = False
+
+
+def promised(probe: Probe, meanwhile: Iterable[Objects]) -> Asked:
+    """Whether, in all these worlds, one end denies the packet or both allow it. Each end is judged by itself."""
+    source, destination, protocol, port = probe
+    seen = [oracle.allowed(w, src=source, dst=destination, protocol=protocol, port=port, node=NODE) for w in meanwhile]
+    shut = not any(v.egress for v in seen) or not any(v.ingress for v in seen)
+    return Asked(probe, shut, all(v.allowed for v in seen))
+
+
+def asked(before: Objects, after: Objects, probes: Iterable[Probe]) -> tuple[Asked, ...]:
+    """The promise for each probe while one world becomes the other."""
+    meanwhile = mixtures(before, after)
+    return tuple(promised(probe, meanwhile) for probe in probes)
+
+
+def random_walk(rng: random.Random, changes: int, *, life: int = 40) -> list[list[Step]]:
+    """Worlds, each with its steps: changes of every kind, alone and several at once, and restarts."""
+    found = []
+    while changes > 0:
+        world = worlds.random_world(rng, pods=10, nodes=2, policies=6)
+        steps = [Step("start", world, ())]
+        for _ in range(min(life, changes)):
+            before, titles = world, []
+            for _ in range(rng.choice((1, 1, 1, 2, 3))):
+                title, grown = worlds.random_event(rng, world)
+                if len(mixtures(before, grown)) > 16:
+                    break
+                titles.append(title)
+                world = grown
+            chosen = asked(before, world, _telling(before, world, rng))
+            steps.append(Step(", ".join(titles), world, chosen, restart=rng.random() < 0.1))
+        found.append(steps)
+        changes -= len(steps) - 1
+    return found
+
+
+def _telling(before: Objects, after: Objects, rng: random.Random) -> list[Probe]:
+    """Probes of which many are denied, and most others go to or come from an isolated pod."""
+    candidates = [*worlds.interesting_probes(before, rng, 30), *worlds.interesting_probes(after, rng, 30)]
+    shut, judged, others = [], [], []
+    for probe in dict.fromkeys(candidates):
+        verdict = promised(probe, (before, after))
+        ends = ((probe[0], "egress"), (probe[1], "ingress"))
+        isolated = any(oracle.isolated(after, address, direction) for address, direction in ends)
+        (shut if verdict.shut else judged if isolated else others).append(probe)
+    return [*shut[:12], *judged[:12], *others[:4]]
+
+
+def tour(worlds_in_turn: Sequence[Objects], probes: Sequence[Probe], title: str, changes: int) -> list[Step]:
+    """The same few worlds again and again."""
+    count = len(worlds_in_turn)
+    pairs = [(worlds_in_turn[i], worlds_in_turn[(i + 1) % count]) for i in range(count)]
+    steps = [Step(title, after, asked(before, after, probes)) for before, after in pairs]
+    return [Step("start", worlds_in_turn[0], ()), *(steps[number % count] for number in range(changes))]
