@@ -8,18 +8,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from time import perf_counter
 from typing import IO, Any
 
+from agent.core.addresses import format_address
 from agent.core.node import Node
 from agent.core.objects import decode_pod
+from agent.core.rules import PeerSet, SetKind
 from agent.dataplane import ipset
 from agent.dataplane.dataplane import Dataplane, Report
 from agent.dataplane.iptables import Backend
 from agent.dataplane.plan import AddMembers, CreateSet, DeleteMembers
-from agent.core.rules import PeerSet, SetKind
 from agent.lab.namespaces import CLONE_NEWNET, unshare
 from tests.bench.measure import Watch, memory, settle, spread
 from tests.bench.world import APPLY, LOCAL, REPLICAS, World, policy_bytes, read
@@ -34,14 +34,20 @@ class Spool:
     def __init__(self, world: World) -> None:
         self._files: dict[str, IO[bytes]] = {}
         for kind in KINDS:
-            file = self._files[kind] = tempfile.TemporaryFile()
+            file = self._files[kind] = tempfile.TemporaryFile()  # noqa: SIM115 (kept open as long as the spool)
             for data in getattr(world, kind)():
                 file.write(data + b"\n")
+            file.flush()
 
     def lines(self, kind: str) -> Iterator[bytes]:
         file = self._files[kind]
         file.seek(0)
         return iter(file)
+
+    @property
+    def descriptors(self) -> dict[str, int]:
+        """The files, to be inherited by another process."""
+        return {kind: file.fileno() for kind, file in self._files.items()}
 
     @property
     def bytes(self) -> int:
@@ -167,6 +173,9 @@ class Live:
     def delete_pod(self, data: bytes) -> tuple[float, Report]:
         return self.timed(lambda: self.node.delete_pod(decode_pod(data).key))
 
+    def apply_policy(self, data: bytes) -> tuple[float, Report]:
+        return self.timed(lambda: self.node.apply_policy(read(data)))
+
     def in_sync(self) -> bool:
         """Whether the kernel, read anew, is what the node desires."""
         return self.dataplane.resync(self.node).writes == 0
@@ -181,13 +190,13 @@ def remote(pods: int, policies: int, local: int, times: int, backend: str = "nft
     for number, pod in enumerate(_peers(live, times)):
         came = live.world.pod(pod, incarnation=1 + number % 7)
         other = live.world.pod(pod, incarnation=1 + number % 7, app=(live.world.app(pod) + 1) % apps)
-        for name, step in (
-            ("added", lambda: live.apply_pod(came)),
-            ("relabelled", lambda: live.apply_pod(other)),
-            ("relabelled", lambda: live.apply_pod(came)),
-            ("deleted", lambda: live.delete_pod(came)),
+        for name, step, data in (
+            ("added", live.apply_pod, came),
+            ("relabelled", live.apply_pod, other),
+            ("relabelled", live.apply_pod, came),
+            ("deleted", live.delete_pod, came),
         ):
-            took, report = step()
+            took, report = step(data)
             assert report.transactions == 0, "a pod elsewhere must not run iptables"
             seconds[name].append(took)
             assert report.writes, "the event must reach the kernel"
@@ -230,12 +239,12 @@ def here(pods: int, policies: int, local: int, times: int, backend: str) -> Resu
         pod = locals_[number * 7 % len(locals_)]
         began = _elsewhere(world.pod(pod, incarnation=1), number)
         moved = _elsewhere(world.pod(pod, incarnation=1, app=_other_app(live, pod, apps)), number)
-        for name, step in (
-            ("started", lambda: live.apply_pod(began)),
-            ("moved", lambda: live.apply_pod(moved)),
-            ("stopped", lambda: live.delete_pod(moved)),
+        for name, step, data in (
+            ("started", live.apply_pod, began),
+            ("moved", live.apply_pod, moved),
+            ("stopped", live.delete_pod, moved),
         ):
-            took, report = step()
+            took, report = step(data)
             assert report.transactions == 2, f"one transaction for each family, not {report}"
             seconds[name].append(took)
     assert live.in_sync()
@@ -243,16 +252,12 @@ def here(pods: int, policies: int, local: int, times: int, backend: str) -> Resu
 
 
 def _elsewhere(pod: bytes, number: int) -> bytes:
-    """The pod at an address of its own: from 10.200.1.2 on."""
-    text = pod.decode()
-    for start_, middle in (('"podIP":"', "10.200.1"), ('{"ip":"fd00', "")):
-        head, mark, tail = text.partition(start_)
-        value, quote, rest = tail.partition('"')
-        new = f"{middle}.{2 + number % 250}" if middle else f":201::{2 + number % 250:x}"
-        text = head + mark + new + quote + rest
-    head, mark, tail = text.partition('"podIPs":[{"ip":"')
-    _, quote, rest = tail.partition('"')
-    return (head + mark + f"10.200.1.{2 + number % 250}" + quote + rest).encode()
+    """The pod with addresses that nobody has: 10.200.1.2 and fd00:201::2 and so on."""
+    decoded = decode_pod(pod)
+    host = 2 + number % 250
+    for address, new in zip(decoded.addresses, (f"10.200.1.{host}", f"fd00:201::{host:x}")):
+        pod = pod.replace(b'"%s"' % format_address(address).encode(), b'"%s"' % new.encode())
+    return pod
 
 
 def _other_app(live: Live, pod: int, apps: int) -> int:
@@ -275,7 +280,7 @@ def edit(pods: int, policies: int, local: int, times: int, backend: str) -> Resu
     selecting = [number * policies // local for number in range(local)]
     for number in range(times):
         data = live.world.policy(selecting[number % local], port=10_000 + number)
-        took, report = live.timed(lambda data=data: live.node.apply_policy(read(data)))
+        took, report = live.apply_policy(data)
         assert report.transactions, "the edit must reach the kernel"
         seconds.append(took)
     assert live.in_sync()
@@ -288,7 +293,7 @@ def edit(pods: int, policies: int, local: int, times: int, backend: str) -> Resu
 def restart(pods: int, policies: int, local: int, backend: str = "nft", times: int = 3) -> Result:
     """A new process finds what another has programmed: from its start until it knows that nothing is to be done."""
     spool = Spool(World(pods, policies, local))
-    files = {kind: os.dup(file.fileno()) for kind, file in spool._files.items()}
+    files = spool.descriptors
     answers = []
     for _ in range(times + 1):
         begin = perf_counter()
@@ -308,7 +313,7 @@ def idle(pods: int, policies: int, local: int, backend: str = "nft") -> Result:
     return {"memory": memory(), "sizes": sizes(live.node)}
 
 
-def crossover(times: int, backend: str = "nft") -> Result:
+def crossover(times: int) -> Result:
     """Members added to and deleted from one set, by netlink and by `ipset restore`."""
     writer = ipset.Ipset()
     writer.write([CreateSet("npa4-p-crossover", SetKind.IP, 4)])

@@ -7,7 +7,9 @@ policies select one deployment each, and allow two peers on two ports; every thi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -42,7 +44,7 @@ class World:
 
     def _selected(self, policy: int) -> int:
         """The deployment that a policy selects."""
-        return policy * self.deployments // max(self.policy_count, self.deployments // REPLICAS) % self.deployments
+        return policy * self.deployments // self.policy_count
 
     def _place(self, deployment: int) -> tuple[int, int]:
         """A deployment's namespace, and its number in there."""
@@ -174,6 +176,16 @@ APPLY: dict[str, Callable[[Node, bytes], None]] = {
 """How each kind goes from the bytes of an event into the node's state."""
 
 
+def _template() -> str:
+    """pod.json as the server sends it: in one line, with places to fill in."""
+    text = json.dumps(json.loads(Path(__file__).with_name("pod.json").read_text()), separators=(",", ":"))
+    text = text.replace('"@labels@"', "@labels@").replace('"@fields@":{}', "@fields@")
+    return re.sub("@([a-z0-9]+)@", r"%(\1)s", text)
+
+
+_TEMPLATE = _template()
+
+
 def _random_name(random: Random, length: int) -> str:
     return "".join(random.choices(DIGITS, k=length))
 
@@ -186,17 +198,23 @@ def _namespace(name: str, labels: dict[str, str]) -> bytes:
         "creationTimestamp": "2025-03-01T10:00:00Z",
         "labels": {**labels, "kubernetes.io/metadata.name": name},
     }
-    status = {"phase": "Active"}
-    return json.dumps(
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": meta, "spec": {"finalizers": ["kubernetes"]}, "status": status}
-    ).encode()
+    rest = {"spec": {"finalizers": ["kubernetes"]}, "status": {"phase": "Active"}}
+    return json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": meta, **rest}).encode()
 
 
 def _pod(
-    namespace: str, owner: str, pod: int, labels: dict[str, str], node: str, net: str | None, host: int, incarnation: int
+    namespace: str,
+    owner: str,
+    pod: int,
+    labels: dict[str, str],
+    node: str,
+    net: str | None,
+    host: int,
+    incarnation: int,
 ) -> bytes:
     number = host + (incarnation << 20 if net is None else 0)
-    v4 = f"{net}.{host >> 8}.{host & 255}" if net else f"10.{64 + (number >> 16) % 128}.{number >> 8 & 255}.{number & 255}"
+    low = f"{number >> 8 & 255}.{number & 255}"
+    v4 = f"{net}.{low}" if net else f"10.{64 + (number >> 16) % 128}.{low}"
     v6 = f"fd00:{net.split('.')[1]}::{host:x}" if net else f"fd00:64::{number >> 16:x}:{number & 65535:x}"
     name = f"{owner}-{_random_name(Random(pod * 64 + incarnation), 5)}"
     label_text = json.dumps(labels, separators=(",", ":"))
@@ -217,55 +235,3 @@ def _pod(
             "host": f"192.168.{int(node[5:]) >> 8}.{int(node[5:]) & 255}",
         }
     ).encode()
-
-
-_FIELDS_OF_OWNER = (
-    '{"f:metadata":{"f:annotations":{".":{},"f:checksum/config":{}},"f:generateName":{},"f:labels":{".":{},%(fields)s},'
-    '"f:ownerReferences":{".":{},"k:{\\"uid\\":\\"9d3b3f5e-4c36-4a3a-9d0e-0f3f6ad3ab11\\"}":{}}},"f:spec":{"f:containers":'
-    '{"k:{\\"name\\":\\"server\\"}":{".":{},'
-    '"f:image":{},"f:imagePullPolicy":{},"f:name":{},"f:ports":{".":{},"k:{\\"containerPort\\":8080,\\"protocol\\":\\"TCP\\"}":{".":{},'
-    '"f:containerPort":{},"f:name":{},"f:protocol":{}},"k:{\\"containerPort\\":9090,\\"protocol\\":\\"TCP\\"}":{".":{},'
-    '"f:containerPort":{},"f:name":{},"f:protocol":{}}},"f:resources":{".":{},"f:limits":{".":{},"f:memory":{}},"f:requests":'
-    '{".":{},"f:cpu":{},"f:memory":{}}},"f:securityContext":{},"f:terminationMessagePath":{},"f:terminationMessagePolicy":{}}},'
-    '"f:dnsPolicy":{},"f:enableServiceLinks":{},"f:restartPolicy":{},"f:schedulerName":{},"f:securityContext":{},'
-    '"f:serviceAccount":{},"f:serviceAccountName":{},"f:terminationGracePeriodSeconds":{}}}'
-)
-_CONDITION = '"f:lastTransitionTime":{},"f:status":{},"f:type":{}'
-_FIELDS_OF_KUBELET = (
-    '{"f:status":{"f:conditions":{"k:{\\"type\\":\\"ContainersReady\\"}":{".":{},' + _CONDITION + "},"
-    '"k:{\\"type\\":\\"Initialized\\"}":{".":{},' + _CONDITION + '},"k:{\\"type\\":\\"Ready\\"}":{".":{},' + _CONDITION + "}},"
-    '"f:containerStatuses":{},"f:hostIP":{},"f:hostIPs":{},"f:phase":{},"f:podIP":{},"f:podIPs":{".":{},'
-    '"k:{\\"ip\\":\\"%(v4)s\\"}":{".":{},"f:ip":{}},"k:{\\"ip\\":\\"%(v6)s\\"}":{".":{},"f:ip":{}}},"f:startTime":{}}}'
-)
-_READY = '"status":"True","lastProbeTime":null,"lastTransitionTime":"2025-03-04T08:15:09Z"}'
-_TEMPLATE = (
-    '{"kind":"Pod","apiVersion":"v1","metadata":{"name":"%(name)s","generateName":"%(owner)s-","namespace":"%(namespace)s",'
-    '"uid":"%(uid)s","resourceVersion":"%(version)d","creationTimestamp":"2025-03-04T08:15:03Z","labels":%(labels)s,'
-    '"annotations":{"checksum/config":"c1f4a0d6d3d0c3e9b2a5a7f8e1d2c3b4a5968778695a4b3c2d1e0f1a2b3c4d5e"},"ownerReferences":[{'
-    '"apiVersion":"apps/v1","kind":"ReplicaSet","name":"%(owner)s","uid":"9d3b3f5e-4c36-4a3a-9d0e-0f3f6ad3ab11",'
-    '"controller":true,"blockOwnerDeletion":true}],"managedFields":[{"manager":"kube-controller-manager","operation":"Update",'
-    '"apiVersion":"v1","time":"2025-03-04T08:15:03Z","fieldsType":"FieldsV1","fieldsV1":' + _FIELDS_OF_OWNER + '},{"manager":'
-    '"kubelet","operation":"Update","apiVersion":"v1","time":"2025-03-04T08:15:09Z","fieldsType":"FieldsV1","fieldsV1":'
-    + _FIELDS_OF_KUBELET
-    + ',"subresource":"status"}]},"spec":{"volumes":[{"name":"kube-api-access-x7vkp","projected":{"sources":[{'
-    '"serviceAccountToken":{"expirationSeconds":3607,"path":"token"}},{"configMap":{"name":"kube-root-ca.crt","items":[{'
-    '"key":"ca.crt","path":"ca.crt"}]}},{"downwardAPI":{"items":[{"path":"namespace","fieldRef":{"apiVersion":"v1","fieldPath":'
-    '"metadata.namespace"}}]}}],"defaultMode":420}}],"containers":[{"name":"server","image":'
-    '"registry.example/team/%(app)s:1.42.0","ports":[{"name":"http","containerPort":8080,"protocol":"TCP"},{"name":"metrics",'
-    '"containerPort":9090,"protocol":"TCP"}],'
-    '"resources":{"limits":{"memory":"256Mi"},"requests":{"cpu":"100m","memory":"256Mi"}},"volumeMounts":[{'
-    '"name":"kube-api-access-x7vkp","readOnly":true,"mountPath":"/var/run/secrets/kubernetes.io/serviceaccount"}],'
-    '"terminationMessagePath":"/dev/termination-log","terminationMessagePolicy":'
-    '"File","imagePullPolicy":"IfNotPresent","securityContext":{"allowPrivilegeEscalation":false,"readOnlyRootFilesystem":'
-    'true}}],"restartPolicy":"Always","terminationGracePeriodSeconds":30,"dnsPolicy":"ClusterFirst","serviceAccountName":'
-    '"default","serviceAccount":"default","nodeName":"%(node)s","securityContext":{},"schedulerName":"default-scheduler",'
-    '"priority":0,'
-    '"enableServiceLinks":true,"preemptionPolicy":"PreemptLowerPriority"},"status":{"phase":"Running","conditions":[{"type":'
-    '"Initialized",' + _READY + ',{"type":"Ready",' + _READY + ',{"type":"ContainersReady",' + _READY + ',{"type":'
-    '"PodScheduled",' + _READY + '],"hostIP":"%(host)s","hostIPs":[{"ip":"%(host)s"}],"podIP":"%(v4)s","podIPs":[{"ip":'
-    '"%(v4)s"},{"ip":"%(v6)s"}],"startTime":"2025-03-04T08:15:03Z","containerStatuses":[{"name":"server","state":{"running":{'
-    '"startedAt":"2025-03-04T08:15:08Z"}},"lastState":{},"ready":true,"restartCount":0,"image":'
-    '"registry.example/team/%(app)s:1.42.0","imageID":"registry.example/team/app@sha256:'
-    '5f1c0a7d6b3e4f2c9a8b7d6e5f4a3b2c1d0e9f8a7b6c5d4e3f2a1b0c9d8e7f6a","containerID":"containerd://'
-    '3b2c1d0e9f8a7b6c5d4e3f2a1b0c9d8e7f6a5f1c0a7d6b3e4f2c9a8b7d6e5f4a","started":true}],"qosClass":"Burstable"}}'
-)
