@@ -114,7 +114,9 @@ class Field(AbstractContextManager["Field"]):
             _run("nft", "-f", "-", text=_ARRIVALS)
         self.flood = Flood(self.fabric, _SOURCE.key, bytes.fromhex(GATEWAY_MAC.replace(":", "")))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.flood.__exit__(kind, error, trace)
         self.fabric.close()
 
@@ -162,6 +164,15 @@ class Field(AbstractContextManager["Field"]):
         self._asked.clear()
         self._titles.clear()
         return tally
+
+    def expect_clean(self) -> None:
+        """After `count`: nothing was found, and it was looked for."""
+        tally = self.tally
+        print(tally)
+        assert tally.unseen == 0, "the counters missed packets"
+        assert tally.arrived == tally.passed, "packets were lost behind the judgement"
+        assert (tally.leaks, tally.losses) == (0, 0), "\n".join([str(tally), *tally.examples])
+        assert min(tally.denied, tally.allowed) > 1000, str(tally)
 
 
 def _run(*command: str, text: str = "") -> str:

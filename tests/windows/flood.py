@@ -88,6 +88,7 @@ class Flood(AbstractContextManager["Flood"]):
 def _life(fabric: Fabric, key: str, to: bytes, control: Connection, cpu: int, first_port: int) -> NoReturn:
     try:
         os.sched_setaffinity(0, {cpu})
+        os.nice(5)
         with fabric.inside(key):
             sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         sender.bind(("eth0", 0))
