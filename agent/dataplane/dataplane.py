@@ -255,7 +255,7 @@ def _count(report: Report, operation: Operation) -> None:
             report.sets_destroyed += 1
         case Transaction():
             report.transactions += 1
-            report.chains_written += len(operation.write)
+            report.chains_written += len(operation.chains)
             report.chains_removed += len(operation.remove)
             report.jumps_set += len(operation.jumps_to_delete) + int(operation.insert_jump)
         case _:

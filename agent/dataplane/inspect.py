@@ -134,7 +134,7 @@ def _told(operation: Operation, made: set[str], applied: Applied) -> Iterator[st
             family = f"IPv{operation.family}"
             if operation.insert_jump:
                 yield f"{family}: {_MISPLACED}"
-            for name, _ in operation.write:
+            for name in operation.chains:
                 yield f"{family}: the chain {name} is missing or was changed"
             for name in operation.remove:
                 yield f"{family}: the chain {name} should not be there"

@@ -17,7 +17,7 @@ from agent.core.node import Journal, Node
 from agent.core.peers import ActiveSet
 from agent.core.policy import DIRECTIONS
 from agent.core.rules import Member, SetKind
-from agent.dataplane.applied import Applied, AppliedSet, AppliedTable, canonical_chain, dispatched
+from agent.dataplane.applied import Applied, AppliedSet, AppliedTable, canonical, canonical_chain, dispatched
 from agent.dataplane.render import (
     COMMENT_BYTES,
     JUMP,
@@ -69,10 +69,14 @@ class ForgetConnections:
 
 @dataclass(frozen=True)
 class Transaction:
-    """One `iptables-restore --noflush` of one family: chains written whole, chains removed, the jump set right."""
+    """One `iptables-restore --noflush` of one family: chains written whole, chains removed, the jump set right.
+
+    `insert` holds (chain, position from 1, rule) for chains that only gain rules: where nothing is deleted, nft does
+    not wait for a grace period of the kernel (10 to 20 ms) before the program ends."""
 
     family: int
     write: tuple[tuple[str, tuple[str, ...]], ...]
+    insert: tuple[tuple[str, int, str], ...]
     remove: tuple[str, ...]
     jumps_to_delete: tuple[str, ...]
     insert_jump: bool
@@ -81,12 +85,19 @@ class Transaction:
     def text(self) -> str:
         rules = [f"-D FORWARD {rule}" for rule in self.jumps_to_delete]
         rules += [f"-I FORWARD 1 {JUMP}"] if self.insert_jump else []
+        rules += [f"-I {name} {position} {rule}" for name, position, rule in self.insert]
         return restore_text(write={n: list(r) for n, r in self.write}, remove=self.remove, rules=rules)
+
+    @property
+    def chains(self) -> tuple[str, ...]:
+        """The chains that are written or gain rules."""
+        return tuple(dict.fromkeys((*(name for name, _ in self.write), *(name for name, _, _ in self.insert))))
 
     @property
     def writes(self) -> int:
         """Chains and rules that change."""
-        return len(self.write) + len(self.remove) + len(self.jumps_to_delete) + int(self.insert_jump)
+        rules = len(self.insert) + len(self.jumps_to_delete) + int(self.insert_jump)
+        return len(self.write) + len(self.remove) + rules
 
 
 @dataclass(frozen=True)
@@ -217,13 +228,21 @@ class _SetChanges:
 
 def _transaction(desired: Mapping[str, list[str] | None], applied: AppliedTable, version: int) -> Transaction:
     """From the desired rules of some chains, None for those that must not be."""
-    write = tuple(
-        (name, tuple(rules))
-        for name, rules in desired.items()
-        if rules is not None and applied.chains.get(name) != canonical_chain(rules)
-    )
+    write: list[tuple[str, tuple[str, ...]]] = []
+    insert: list[tuple[str, int, str]] = []
+    for name, rules in desired.items():
+        if rules is None:
+            continue
+        held, wanted = applied.chains.get(name), canonical_chain(rules)
+        if held == wanted:
+            continue
+        if held is not None and tuple(rule for rule in wanted if rule in held) == held:
+            insert += [(name, n, rule) for n, rule in enumerate(rules, 1) if wanted[n - 1] not in held]
+        else:
+            write.append((name, tuple(rules)))
     remove = tuple(sorted(name for name, rules in desired.items() if rules is None and name in applied.chains))
-    return Transaction(version, write, remove, () if applied.first else tuple(applied.jumps), not applied.first)
+    jumps = () if applied.first else tuple(applied.jumps)
+    return Transaction(version, tuple(write), tuple(insert), remove, jumps, not applied.first)
 
 
 def _touched_chains(node: Node, journal: Journal, version: int, options: Options) -> dict[str, list[str] | None]:
@@ -264,6 +283,9 @@ def record(applied: Applied, operation: Operation) -> None:
             held = applied.tables[operation.family]
             for name, rules in operation.write:
                 held.chains[name] = canonical_chain(rules)
+            for name, position, rule in operation.insert:
+                before = held.chains[name]
+                held.chains[name] = (*before[: position - 1], canonical(rule), *before[position - 1 :])
             for name in operation.remove:
                 del held.chains[name]
             if operation.insert_jump:
@@ -276,6 +298,6 @@ def removal(applied: Applied) -> Iterable[Operation]:
     """What takes all of ours away, and nothing else: rules first, sets after."""
     for version, held in sorted(applied.tables.items()):
         if held.chains or held.jumps:
-            yield Transaction(version, (), tuple(sorted(held.chains)), tuple(held.jumps), False)
+            yield Transaction(version, (), (), tuple(sorted(held.chains)), tuple(held.jumps), False)
     for name in sorted(applied.sets):
         yield DestroySet(name)
