@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,14 +18,15 @@ import msgspec
 from agent.cli.options import backend_option, chosen_backend, input_options
 from agent.cli.output import MatrixResult, output_option, print_json
 from agent.cli.sources import read_files, warn
-from agent.cli.tables import LEGEND, matrix_lines
+from agent.cli.tables import CHANGES, LEGEND, matrix_lines
+from agent.core.findings import Finding
 from agent.core.inventory import Inventory
 from agent.dataplane.errors import KernelError
 from agent.dataplane.iptables import Backend
 from agent.lab import enclosure, held
 from agent.lab.lab import Enforced, Lab
 from agent.lab.matrix import Answer, Question, ask, mismatches, questions
-from agent.lab.spec import Mode, PodSpec, family, node_key
+from agent.lab.spec import Mode, PodSpec, family, node_key, plain
 from agent.lab.staging import Port, Stage, Wishes, stage
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -116,7 +120,15 @@ def lab_options(function: F) -> F:
     return wrapped  # type: ignore[no-any-return]
 
 
-name_option = click.option("--name", default="default", show_default=True, help="The held lab's name.")
+def _checked_name(_context: click.Context, _option: click.Parameter, value: str) -> str:
+    if not held.is_name(value):
+        raise click.BadParameter(f"{value!r} has to be letters, digits, - and _")
+    return value
+
+
+name_option = click.option(
+    "--name", default="default", show_default=True, callback=_checked_name, help="The held lab's name."
+)
 
 
 # --- asking ----------------------------------------------------------------------------------------------------------
@@ -217,9 +229,9 @@ def up(wanted: LabOptions, name: str) -> None:
     contents = read_files(wanted.files)
     inventory = inventory_of(contents, wanted.namespace)
     warn(inventory.findings)
+    staged = staged_from(inventory, wanted)
 
     def work(ready: Callable[[dict[str, Any]], None]) -> int:
-        staged = staged_from(inventory, wanted)
         running = Lab.start(staged, wanted.chosen())
         running.enforce(inventory, staged.pods)
         save_input(contents, wanted)
@@ -230,8 +242,7 @@ def up(wanted: LabOptions, name: str) -> None:
     try:
         enclosure.hold(name, work)
     except held.AlreadyHeld as error:
-        raise click.UsageError(f"the lab {name!r} is up; take it down with: netpol-agent lab down") from error
-    staged = staged_from(inventory, wanted)
+        raise click.UsageError(f"the lab {name!r} is up; take it down with: {_with_name('down', name)}") from error
     click.echo(f"lab {name!r} is up: {len(staged.fabric.nodes)} nodes, {len(staged.pods)} pods")
     for pod in staged.fabric.pods:
         click.echo(f"  {pod.key}  {' '.join(pod.addresses)}  on {pod.node}")
@@ -290,6 +301,9 @@ def shell(name: str, end: str, command: tuple[str, ...]) -> None:
     def work(topology: dict[str, Any]) -> int:
         running = Lab.join(topology, load_input()[1].chosen())
         key = end_key(running, end)
+        if shutil.which(argv[0]) is None:
+            click.secho(f"error: {argv[0]}: no such command", err=True, fg="red")
+            return 127
         with running.fabric.inside(key):
             return os.spawnvp(os.P_WAIT, argv[0], argv)
 
@@ -342,13 +356,22 @@ def play(directory: Path, ports: tuple[str, ...], services: bool, mode: Mode, ba
     asked = tuple(parse_port(text) for text in ports)
     wanted = LabOptions((), "default", 2, mode, (4, 6), 2, backend, ())
 
+    contents = read_files(map(str, steps))
+    # The same questions at every step, also of a port that only a later policy names.
+    asked_ports = staged_from(inventory_of(contents, wanted.namespace), wanted).ports
+
     def work() -> int:
+        click.echo(f"{LEGEND}  {CHANGES}")
         running: Lab | None = None
         before: list[Answer] = []
         different = 0
+        told: set[Finding] = set()
         for number, path in enumerate(steps):
-            contents = [(str(p), p.read_bytes()) for p in steps[: number + 1]]
-            inventory = inventory_of(contents, wanted.namespace)
+            inventory = inventory_of(contents[: number + 1], wanted.namespace)
+            # An object that comes again is what a play is made of.
+            new = [f for f in inventory.findings if f.id != "duplicate-object" and f not in told]
+            warn(new)
+            told.update(new)
             known = running.pods() if running else None
             staged = staged_from(inventory, wanted, known)
             if running is None:
@@ -356,7 +379,8 @@ def play(directory: Path, ports: tuple[str, ...], services: bool, mode: Mode, ba
             elif set(staged.pods) != set(running.pods()):
                 raise click.UsageError(f"{path}: brings other pods; all pods belong into the first file")
             enforced = running.enforce(inventory, staged.pods)
-            found = questions(staged, running.fabric, ports=asked, with_services=services)
+            again = replace(staged, ports=asked_ports)
+            found = questions(again, running.fabric, ports=asked, with_services=services)
             answers = ask(running.fabric, running.expectation(staged), found)
             print_step(number, path, enforced, answers, before)
             different += sum(1 for _ in mismatches(answers))
@@ -449,8 +473,13 @@ def joined(name: str, work: Callable[[dict[str, Any]], int]) -> int:
         return enclosure.join(name, lambda topology: guarded(lambda: work(topology))())
     except held.NotHeld as error:
         raise enclosure.LabUnavailable(
-            f"no lab {name!r} is up; give -f FILE, or make one with: netpol-agent lab up -f FILE"
+            f"no lab {name!r} is up; give -f FILE, or make one with: {_with_name('up -f FILE', name)}"
         ) from error
+
+
+def _with_name(verb: str, name: str) -> str:
+    """What the user has to type for this lab."""
+    return f"netpol-agent lab {verb}" + ("" if name == "default" else f" --name {name}")
 
 
 def guarded(work: Callable[[], int]) -> Callable[[], int]:
@@ -465,6 +494,9 @@ def guarded(work: Callable[[], int]) -> Callable[[], int]:
         except (KernelError, enclosure.LabUnavailable) as error:
             click.secho(f"error: {error}", err=True, fg="red")
             return 3
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
     return inside
 
@@ -516,6 +548,8 @@ def resolve(running: Lab, staged: Stage, text: str, ports: Sequence[Port] | None
     if kind == "svc":
         for service in staged.services:
             if rest in (f"{service.namespace}/{service.name}", service.name):
+                if not service.cluster_ips:
+                    raise click.UsageError(f"{text!r} is headless: it has no address; ask its pods")
                 return text, list(service.cluster_ips), [(p.protocol, p.port) for p in service.ports]
         raise click.UsageError(f"{text!r} is no Service of the input")
     try:
@@ -524,11 +558,20 @@ def resolve(running: Lab, staged: Stage, text: str, ports: Sequence[Port] | None
         version = 0
     if version:
         owner = running.fabric.owner(text)
+        if owner is None and not has_address(running, staged, text):
+            raise click.UsageError(f"nobody in the lab has {text}; the host outside gets it by: --outside {text}")
         return owner or text, [text], list(staged.ports.get(owner or "", ()))
     key = end_key(running, text)
     addresses = [address for holder, address in running.fabric.spec.held() if holder == key]
     pod = running.pods().get(key)
     return key, addresses or list(pod.addresses if pod else ()), list(staged.ports.get(key, ports or ()))
+
+
+def has_address(running: Lab, staged: Stage, address: str) -> bool:
+    """Whether an address that is no pod's, node's or outside is a Service's or a bridge's."""
+    others = [a for service in staged.services for a in service.cluster_ips]
+    others += [a for _, a in running.fabric.spec.gateways]
+    return plain(address) in map(plain, others)
 
 
 def pair(running: Lab, staged: Stage, source: str, destination: str, asked: Sequence[Port]) -> list[Question]:

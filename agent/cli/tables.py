@@ -11,11 +11,13 @@ from agent.lab.matrix import Answer, Cell, table
 
 OPEN, SHUT, HALF = "✓", "·", "½"
 LEGEND = f"{OPEN} reaches  {SHUT} does not  {HALF} in one of IPv4 and IPv6  ! packets and policies differ"
+OPENED, CLOSED = "+", "-"
+CHANGES = f"{OPENED} reaches since this step  {CLOSED} no longer does"
 
 
 def matrix_lines(answers: Sequence[Answer], before: Sequence[Answer] = ()) -> Iterator[str]:
     """The table: sources down, destinations across under a letter each. The letters' meaning is left out where
-    `before` had the same; cells that were otherwise then stand out."""
+    `before` had the same; cells that were otherwise then are marked."""
     rows, columns, cells = table(answers)
     _, known, old = table(before)
     width = max((len(row) for row in rows), default=0)
@@ -51,8 +53,10 @@ def _cell(cell: Cell | None, old: Mapping[Any, Cell], key: Any) -> str:
     if cell is None:
         return "  "
     mark = {True: OPEN, False: SHUT, None: HALF}[cell.reached]
+    changed = key in old and old[key].reached != cell.reached
+    if changed:
+        mark = {True: OPENED, False: CLOSED, None: HALF}[cell.reached]
     colour = {True: "green", False: "red", None: "yellow"}[cell.reached]
     if cell.mismatch:
         return click.style(f"{mark}!", fg="magenta", bold=True, reverse=True)
-    changed = key in old and old[key].reached != cell.reached
-    return click.style(mark, fg=colour, bold=changed, underline=changed) + " "
+    return click.style(mark, fg=colour, bold=changed) + " "

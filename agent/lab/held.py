@@ -154,8 +154,13 @@ def kill(name: str) -> bool:
     return True
 
 
+def is_name(name: str) -> bool:
+    """Whether a lab can be called so."""
+    return bool(name) and all(letter.isalnum() or letter in "-_" for letter in name)
+
+
 def _file(name: str) -> Path:
-    if not name or not all(letter.isalnum() or letter in "-_" for letter in name):
+    if not is_name(name):
         raise ValueError(f"the name of a lab is letters, digits, - and _: {name!r}")
     return directory() / f"{name}.json"
 

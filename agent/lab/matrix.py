@@ -132,12 +132,13 @@ class Cell(msgspec.Struct, frozen=True):
 
 
 def table(answers: Sequence[Answer]) -> tuple[list[str], list[tuple[str, str, int]], dict[Any, Cell]]:
-    """Rows (sources), columns (destination, protocol, port) and cells by (row, column)."""
+    """Rows (sources), columns (destination, protocol, port) and cells by (row, column). Columns follow the rows."""
     grouped: dict[tuple[str, tuple[str, str, int]], list[Answer]] = {}
     for answer in answers:
         grouped.setdefault((answer.source, (answer.destination, answer.protocol, answer.port)), []).append(answer)
     rows = list(dict.fromkeys(row for row, _ in grouped))
-    columns = list(dict.fromkeys(column for _, column in grouped))
+    rank = {row: number for number, row in enumerate(rows)}
+    columns = sorted(dict.fromkeys(column for _, column in grouped), key=lambda c: rank.get(c[0], len(rank)))
     cells = {}
     for key, group in grouped.items():
         reached = {answer.reached for answer in group}

@@ -20,6 +20,11 @@ Port = tuple[str, int]
 
 DEFAULT_PORT: Port = ("TCP", 80)
 _OUTSIDE = {4: "203.0.113.5", 6: "2001:db8::5"}
+_NODE_LINKS = {
+    4: ("192.168.0.0/24", "172.31.255.0/24", "198.18.0.0/24"),
+    6: ("fd00:1::/64", "fd00:ffff::/64", "2001:2::/64"),
+}
+"""Where nodes get their addresses: the first that holds none of the files' own."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,16 @@ class Stage:
 def stage(inventory: Inventory, wishes: Wishes, known: Mapping[str, PodSpec] | None = None) -> Stage:
     """Put every pod of the files on a node, and give addresses to those that have none.
 
-    Pods that are real keep node and addresses, so that verdicts about ipBlocks are the cluster's own; `known` pods keep
-    what an earlier stage gave them. Workloads without pods get those that they would create. Raises ValueError for what
-    cannot stand beside each other (two pods with one address)."""
+    Pods that are real keep node and addresses, so that verdicts about ipBlocks are the cluster's own, and a node has
+    the addresses of its hostNetwork pods; `known` pods keep what an earlier stage gave them. Workloads without pods get
+    those that they would create. Raises ValueError for what cannot stand beside each other (two pods with one
+    address)."""
     names = sorted({pod.node for pod in inventory.pods.values() if pod.node})
     spare = (f"node{number}" for number in range(1, wishes.nodes + 1))
     names += [name for name, _ in zip((n for n in spare if n not in names), range(wishes.nodes - len(names)))]
-    nodes = {name: _node(name, number, wishes.families) for number, name in enumerate(names, 1)}
+    taken = _taken(inventory, wishes)
+    nodes = dict(_nodes(names, inventory, wishes.families, taken))
     free = {name: _free(number, wishes.families) for number, name in enumerate(names, 1)}
-    taken = {a for pod in inventory.pods.values() for a in pod.addresses}
     pods: dict[str, Pod] = {}
     for number, pod in enumerate(_all_pods(inventory, names, wishes.replicas)):
         before = (known or {}).get(pod.key)
@@ -76,7 +82,7 @@ def stage(inventory: Inventory, wishes: Wishes, known: Mapping[str, PodSpec] | N
     )
     fabric.check()
     ports = {pod.key: _asked(pod, listens[pod.key], inventory) for pod in pods.values()}
-    services = tuple(_services(inventory, pods, wishes.families))
+    services = tuple(_services(inventory, pods, wishes.families, taken))
     return Stage(pods, fabric, services, ports)
 
 
@@ -91,9 +97,32 @@ def _all_pods(inventory: Inventory, nodes: list[str], replicas: int) -> Iterator
             yield msgspec.structs.replace(pod, node=nodes[number]) if workload.per_node else pod
 
 
-def _node(name: str, number: int, families: Iterable[int]) -> NodeSpec:
-    addresses = {4: f"192.168.0.{number}", 6: f"fd00:1::{number:x}"}
-    return NodeSpec(name, tuple(addresses[version] for version in families))
+def _taken(inventory: Inventory, wishes: Wishes) -> set[bytes]:
+    """The addresses that are somebody's already."""
+    taken = {address for pod in inventory.pods.values() for address in pod.addresses}
+    taken |= {address for service in inventory.services.values() for address in service.addresses}
+    return taken | set(map(parse_address, wishes.outside or _OUTSIDE.values()))
+
+
+def _nodes(
+    names: Iterable[str], inventory: Inventory, families: Iterable[int], taken: set[bytes]
+) -> Iterator[tuple[str, NodeSpec]]:
+    """Each node with the addresses of its hostNetwork pods, and one of its own in a family that those have not."""
+    real: dict[str, dict[int, bytes]] = {}
+    for _, pod in sorted(inventory.pods.items()):
+        for address in pod.addresses if pod.host_network and not pod.finished else ():
+            real.setdefault(pod.node, {}).setdefault(family(address), address)
+    links = {version: _link(version, taken) for version in families}
+    for number, name in enumerate(names, 1):
+        own = {version: str(link.network_address + number) for version, link in links.items()}
+        own |= {version: format_address(address) for version, address in real.get(name, {}).items()}
+        yield name, NodeSpec(name, tuple(own.values()))
+
+
+def _link(version: int, taken: Iterable[bytes]) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    addresses = [ipaddress.ip_address(format_address(address)) for address in taken]
+    links = [ipaddress.ip_network(text) for text in _NODE_LINKS[version]]
+    return next((link for link in links if not any(address in link for address in addresses)), links[0])
 
 
 def _free(number: int, families: Iterable[int]) -> dict[int, Iterator[str]]:
@@ -155,7 +184,9 @@ def _asked(pod: Pod, listens: tuple[Port, ...], inventory: Inventory) -> tuple[P
     return tuple(sorted(named)) or (DEFAULT_PORT,)
 
 
-def _services(inventory: Inventory, pods: Mapping[str, Pod], families: tuple[int, ...]) -> Iterator[ServiceSpec]:
+def _services(
+    inventory: Inventory, pods: Mapping[str, Pod], families: tuple[int, ...], taken: set[bytes]
+) -> Iterator[ServiceSpec]:
     """Each Service with its ready endpoints; one that has no cluster address in the files is given one."""
     numbers = iter(range(10, 65000))
     for key, service in sorted(inventory.services.items()):
@@ -163,9 +194,8 @@ def _services(inventory: Inventory, pods: Mapping[str, Pod], families: tuple[int
             continue
         addresses = tuple(map(format_address, service.addresses))
         if not addresses and not service.headless:
-            spare = next(numbers)
-            given = {4: f"10.96.{spare >> 8}.{spare & 255}", 6: f"fd96::{spare:x}"}
-            addresses = tuple(given[version] for version in families)
+            spare = (_cluster_addresses(number, families) for number in numbers)
+            addresses = next(given for given in spare if taken.isdisjoint(map(parse_address, given)))
         own = [pod for _, pod in sorted(pods.items()) if _selected(service, pod)]
         ports = []
         for port in service.ports:
@@ -183,3 +213,8 @@ def _services(inventory: Inventory, pods: Mapping[str, Pod], families: tuple[int
             )
         namespace, _, name = key.partition("/")
         yield ServiceSpec(namespace, name, addresses, tuple(ports))
+
+
+def _cluster_addresses(number: int, families: Iterable[int]) -> tuple[str, ...]:
+    given = {4: f"10.96.{number >> 8}.{number & 255}", 6: f"fd96::{number:x}"}
+    return tuple(given[version] for version in families)
