@@ -4,11 +4,15 @@ of its own, and answers with plain data for the report."""
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
+from statistics import median
+from threading import Thread
 from time import perf_counter
 from typing import IO, Any
 
@@ -25,6 +29,7 @@ from tests.bench.measure import Watch, memory, settle, spread
 from tests.bench.world import APPLY, LOCAL, REPLICAS, World, policy_bytes, read
 
 Result = dict[str, Any]
+NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
 KINDS = ("namespaces", "pods", "policies")
 
 
@@ -149,23 +154,43 @@ def many_policies(backend: str, times: int, policies: int = 640) -> Result:
 # --- single events ---------------------------------------------------------------------------------------------------
 
 
+class Commits(Thread):
+    """Takes down when nf_tables commits: a transaction is in force then, though its program may still have to wait."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.last = 0.0
+        self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+        self._netlink.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            with suppress(OSError):  # more came than fits: the next one tells the time as well
+                self._netlink.recv(1 << 16)
+            self.last = perf_counter()
+
+
 class Live:
     """A node that has started, and takes events."""
 
     def __init__(self, world: World, backend: str) -> None:
         self.world = world
+        self.commits = Commits()
         watch = Watch()
         self.node, self.dataplane, _ = start(Spool(world), backend, watch)
         self.started = watch.total
         settle()
 
     def timed(self, event: Callable[[], None]) -> tuple[float, Report]:
-        """Seconds from an event's bytes to the kernel."""
+        """Seconds from an event's bytes until all of it is done. `in_force` is when the last rules were in."""
         begin = perf_counter()
         event()
         self.node.compile()
         report = self.dataplane.sync(self.node)
-        return perf_counter() - begin, report
+        end = perf_counter()
+        self.in_force = (self.commits.last if begin < self.commits.last < end else end) - begin
+        return end - begin, report
 
     def apply_pod(self, data: bytes) -> tuple[float, Report]:
         return self.timed(lambda: self.node.apply_pod(decode_pod(data)))
@@ -233,6 +258,7 @@ def here(pods: int, policies: int, local: int, times: int, backend: str) -> Resu
     live = Live(World(pods, policies, local), backend)
     world = live.world
     seconds: dict[str, list[float]] = {"started": [], "moved": [], "stopped": []}
+    in_force: dict[str, list[float]] = {name: [] for name in seconds}
     locals_ = world.local_pods()
     apps = world.deployments // world.spaces
     for number in range(times):
@@ -247,8 +273,9 @@ def here(pods: int, policies: int, local: int, times: int, backend: str) -> Resu
             took, report = step(data)
             assert report.transactions == 2, f"one transaction for each family, not {report}"
             seconds[name].append(took)
+            in_force[name].append(live.in_force)
     assert live.in_sync()
-    return {name: spread(values) for name, values in seconds.items()}
+    return {name: {**spread(values), "in force": median(in_force[name])} for name, values in seconds.items()}
 
 
 def _elsewhere(pod: bytes, number: int) -> bytes:
@@ -276,15 +303,16 @@ def _other_app(live: Live, pod: int, apps: int) -> int:
 def edit(pods: int, policies: int, local: int, times: int, backend: str) -> Result:
     """A policy that selects a pod here gets another port."""
     live = Live(World(pods, policies, local), backend)
-    seconds = []
+    seconds, in_force = [], []
     selecting = [number * policies // local for number in range(local)]
     for number in range(times):
         data = live.world.policy(selecting[number % local], port=10_000 + number)
         took, report = live.apply_policy(data)
         assert report.transactions, "the edit must reach the kernel"
         seconds.append(took)
+        in_force.append(live.in_force)
     assert live.in_sync()
-    return {"edited": spread(seconds)}
+    return {"edited": {**spread(seconds), "in force": median(in_force)}}
 
 
 # --- restart, idle, crossover ----------------------------------------------------------------------------------------

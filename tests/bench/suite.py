@@ -46,7 +46,8 @@ def mebibytes(value: float) -> str:
 
 
 def _spread(values: Mapping[str, float]) -> str:
-    return f"p50 {duration(values['p50'])}, p99 {duration(values['p99'])} (n = {values['n']})"
+    shown = f"p50 {duration(values['p50'])}, p99 {duration(values['p99'])} (n = {values['n']})"
+    return shown + (f"; in force after p50 {duration(values['in force'])}" if "in force" in values else "")
 
 
 def _sizes(results: list[Result]) -> str:
@@ -117,10 +118,9 @@ def _remote(middle: float | None, last: float) -> Callable[[list[Result]], list[
 
 
 NFT_WAITS = (
-    "on nft the agent waits for the kernel here, not for itself: `iptables-nft-restore` can neither end nor begin "
-    "another transaction with xtables matches before the rules that the last one took away are buried (one RCU grace "
-    "period, 8 to 16 ms), and IPv4 and IPv6 are two transactions. The new rules are in force when the transaction is "
-    "in, a few milliseconds after the event; legacy has no such wait"
+    "the programs wait for the kernel here. Where a transaction takes a rule away, `iptables-nft-restore` can neither "
+    "end nor begin another with xtables matches before that rule is buried (an RCU grace period, 8 to 16 ms), and IPv4 "
+    "and IPv6 are two transactions. When the rules are in force is said beside; legacy has no such wait"
 )
 
 
