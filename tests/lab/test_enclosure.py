@@ -3,22 +3,17 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from agent.lab import enclosure, held
-from tests.lab.world import MARK, census, marked, needs_root, wait_until
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.lab.world import as_nobody, environment, marked, needs_root, nothing_left, wait_until
 
 # A lab with its servers, and a grandchild that has left the session, as a daemon would.
 LAB = """
@@ -75,19 +70,8 @@ else:
 @pytest.fixture
 def mark() -> Iterator[str]:
     """A name that all processes of a test carry; after the test nothing of them may be left."""
-    before = census()
-    name = uuid.uuid4().hex
-    yield name
-    try:
-        assert wait_until(lambda: not marked(name)), "processes are left"
-        assert wait_until(lambda: census() <= before), census() - before
-    finally:
-        for pid in marked(name):
-            os.kill(pid, signal.SIGKILL)
-
-
-def environment(mark: str, **more: str) -> dict[str, str]:
-    return {**os.environ, MARK: mark, "PYTHONPATH": str(REPOSITORY), **more}
+    with nothing_left() as name:
+        yield name
 
 
 @contextlib.contextmanager
@@ -254,21 +238,6 @@ class TestHeld:
     def test_names_are_plain(self, name: str) -> None:
         with pytest.raises(ValueError, match="letters"):
             held.read(name)
-
-
-def as_nobody() -> list[str] | None:
-    """A command that runs Python as a user without rights and with this project on its path, if there is one."""
-    if os.geteuid() != 0 or shutil.which("setpriv") is None:
-        return None
-    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
-    # The interpreter of this environment may lie in a home directory that others cannot enter.
-    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
-        path = f"PYTHONPATH={REPOSITORY}:{sysconfig.get_path('platlib')}"
-        command = [*user, "env", path, "PYTHONDONTWRITEBYTECODE=1", "HOME=/nonexistent", "XDG_RUNTIME_DIR=", python]
-        probe = subprocess.run([*command, "-c", "import agent.lab.fabric"], capture_output=True, check=False)
-        if probe.returncode == 0:
-            return command
-    return None
 
 
 class TestWithoutRoot:

@@ -1,9 +1,15 @@
 """What the tests of the lab share: a small fabric, a way to run a test's body in an enclosure, a census."""
 
+import contextlib
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +23,7 @@ ALL = (("TCP", 80), ("UDP", 80), ("SCTP", 80))
 PROTOCOLS = ("TCP", "UDP", "SCTP", "ICMP")
 MODES: tuple[Mode, ...] = ("routed", "bridged")
 BACKENDS = ("nft", "legacy")
+REPOSITORY = Path(__file__).parents[2]
 MARK = "NETPOL_AGENT_LAB_TEST"
 
 needs_root = [
@@ -80,6 +87,40 @@ def census() -> set[str]:
     found |= {f"link {entry.name}" for entry in Path("/sys/class/net").iterdir()}
     found |= {f"mount {line.split()[4]}" for line in Path("/proc/self/mountinfo").read_text().splitlines()}
     return found
+
+
+def environment(mark: str, **more: str) -> dict[str, str]:
+    """For a process that carries a mark and finds this project."""
+    return {**os.environ, MARK: mark, "PYTHONPATH": str(REPOSITORY), **more}
+
+
+@contextlib.contextmanager
+def nothing_left() -> Iterator[str]:
+    """A name that all processes of a test carry; after the test nothing of them may be left."""
+    before = census()
+    name = uuid.uuid4().hex
+    yield name
+    try:
+        assert wait_until(lambda: not marked(name)), "processes are left"
+        assert wait_until(lambda: census() <= before), census() - before
+    finally:
+        for pid in marked(name):
+            os.kill(pid, signal.SIGKILL)
+
+
+def as_nobody() -> list[str] | None:
+    """A command that runs Python as a user without rights and with this project on its path, if there is one."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        return None
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+    # The interpreter of this environment may lie in a home directory that others cannot enter.
+    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
+        path = f"PYTHONPATH={REPOSITORY}:{sysconfig.get_path('platlib')}"
+        command = [*user, "env", path, "PYTHONDONTWRITEBYTECODE=1", "HOME=/nonexistent", "XDG_RUNTIME_DIR=", python]
+        probe = subprocess.run([*command, "-c", "import agent.lab.fabric"], capture_output=True, check=False)
+        if probe.returncode == 0:
+            return command
+    return None
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> bool:
