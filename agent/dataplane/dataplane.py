@@ -11,13 +11,14 @@ from time import perf_counter, sleep
 
 from agent.core.addresses import FAMILIES, V4, Address
 from agent.core.node import Node
-from agent.dataplane import conntrack
+from agent.dataplane import conntrack, grace
 from agent.dataplane.applied import Applied
 from agent.dataplane.errors import KernelError, refused
 from agent.dataplane.ipset import Ipset
 from agent.dataplane.iptables import BACKENDS, Backend, in_use
 from agent.dataplane.plan import (
     AddMembers,
+    AwaitPackets,
     CreateSet,
     DeleteMembers,
     DestroySet,
@@ -202,12 +203,14 @@ class Dataplane:
         if isinstance(first, ForgetConnections):
             report.connections_forgotten += conntrack.forget(first.addresses)
             return
+        if isinstance(first, AwaitPackets):
+            grace.wait()
+            return
         if isinstance(first, DestroySet):
             self._destroy(batch, mirror, report)
             return
-        self._ipset.write(
-            [operation for operation in batch if not isinstance(operation, Transaction | ForgetConnections)]
-        )
+        others = Transaction | ForgetConnections | AwaitPackets
+        self._ipset.write([operation for operation in batch if not isinstance(operation, others)])
         for operation in batch:
             _count(report, operation)
             record(mirror, operation)
@@ -237,6 +240,8 @@ def _stage(operation: Operation) -> str:
             return "conntrack"
         case Transaction():
             return "rules"
+        case AwaitPackets():
+            return "grace"
         case DeleteMembers():
             return "deletes"
         case DestroySet():

@@ -5,6 +5,10 @@ is lost that both allow (semantics.md line 44). It rests on this order, and on a
 
   create and fill new sets → add to peer sets → add to named-port sets → forget released connections
   → one transaction per family → delete from named-port sets → delete from peer sets → destroy sets
+
+A packet does not see all of this at one moment. One that looks into set B before an address is added to it, and into A
+after the address was deleted from it, misses both (seen once in 20,000 moves between 40 sets of a chain, under flood).
+So where an address moves between two sets of one chain, every packet on its way is waited for before the deletes.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from agent.core.addresses import Address, family
+from agent.core.addresses import Address, Prefix, family
 from agent.core.node import Journal, Node
 from agent.core.peers import ActiveSet
 from agent.core.policy import DIRECTIONS
@@ -101,6 +105,11 @@ class Transaction:
 
 
 @dataclass(frozen=True)
+class AwaitPackets:
+    """A pause until no packet is on its way that looked into a set before the adds."""
+
+
+@dataclass(frozen=True)
 class DeleteMembers:
     """Members that a set has too many."""
 
@@ -117,7 +126,9 @@ class DestroySet:
     name: str
 
 
-Operation = CreateSet | AddMembers | SwapSets | ForgetConnections | Transaction | DeleteMembers | DestroySet
+Operation = (
+    CreateSet | AddMembers | SwapSets | ForgetConnections | Transaction | AwaitPackets | DeleteMembers | DestroySet
+)
 
 
 def plan(node: Node, journal: Journal, applied: Applied, options: Options, *, everything: bool) -> list[Operation]:
@@ -145,6 +156,7 @@ def plan(node: Node, journal: Journal, applied: Applied, options: Options, *, ev
         *_of(sets.adds, SetKind.IP_PORT),
         *([ForgetConnections(tuple(sorted(released)))] if released else []),
         *transactions,
+        *([AwaitPackets()] if _moves_within_a_chain(node, sets.adds, sets.deletes) else []),
         *_of(sets.deletes, SetKind.IP_PORT),
         *_of(sets.deletes, SetKind.IP, SetKind.NET),
         *sets.destroys.values(),
@@ -163,6 +175,26 @@ def _handed_over(node: Node, held: AppliedTable) -> Iterator[Address]:
 
 def _of(changes: list[AddMembers] | list[DeleteMembers], *kinds: SetKind) -> Iterator[AddMembers | DeleteMembers]:
     return (change for change in changes if change.kind in kinds)
+
+
+def _moves_within_a_chain(node: Node, adds: Iterable[AddMembers], deletes: Iterable[DeleteMembers]) -> bool:
+    """Whether a chain looks into a set that gains an address, and into one that loses it."""
+    gaining, losing = _by_address(adds), _by_address(deletes)
+    moves = [(gaining[address], losing[address]) for address in gaining.keys() & losing.keys()]
+    if not moves:
+        return False
+    chains = [{spec.name for spec in chain.sets} for chain in node.chains.values()]
+    return any(names & gained and names & lost for names in chains for gained, lost in moves)
+
+
+def _by_address(changes: Iterable[AddMembers | DeleteMembers]) -> dict[Address, set[str]]:
+    """The sets that gain or lose each address."""
+    found: dict[Address, set[str]] = {}
+    for change in changes:
+        for member in change.members:
+            if not isinstance(member, Prefix):
+                found.setdefault(member if isinstance(member, bytes) else member[0], set()).add(change.name)
+    return found
 
 
 _BESIDE = "npa-t-"
@@ -290,7 +322,7 @@ def record(applied: Applied, operation: Operation) -> None:
                 del held.chains[name]
             if operation.insert_jump:
                 held.jumps, held.first = [JUMP], True
-        case ForgetConnections():
+        case ForgetConnections() | AwaitPackets():
             pass
 
 

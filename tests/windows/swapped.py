@@ -76,7 +76,7 @@ def two_transactions(operations: Sequence[Operation], _: Node, __: Applied) -> l
     for operation in operations:
         if isinstance(operation, Transaction):
             emptied = tuple((name, ()) for name, _ in operation.write)
-            found.append(Transaction(operation.family, emptied, (), (), False))
+            found.append(Transaction(operation.family, emptied, (), (), (), False))
         found.append(operation)
     return found
 
@@ -88,6 +88,6 @@ def rules_of_classes_last(operations: Sequence[Operation], _: Node, applied: App
         if isinstance(operation, Transaction):
             held = applied.tables[operation.family].chains
             early = tuple((name, () if name not in held else rules) for name, rules in operation.write)
-            found.append(Transaction(operation.family, early, (), (), False))
+            found.append(Transaction(operation.family, early, (), (), (), False))
         found.append(operation)
     return found
