@@ -7,6 +7,7 @@ the kernel's own filter for the reply direction is broken before 6.10.)
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator
@@ -42,7 +43,7 @@ def forget(addresses: Iterable[Address]) -> int:
                 for entry in list(_entries(netlink, version, own)):
                     deleted += _delete(netlink, version, entry)
     except OSError as error:
-        raise refused("conntrack", str(error)) from error
+        raise refused("conntrack", error.strerror or str(error)) from error
     return deleted
 
 
@@ -59,7 +60,7 @@ def _entries(netlink: socket.socket, version: int, wanted: set[Address]) -> Iter
                 return
             if kind == NLMSG_ERROR:
                 code = -struct.unpack_from("=i", data, offset + 16)[0]
-                raise OSError(code, "reading the connection table")
+                raise OSError(code, f"{os.strerror(code)} (reading the connection table)")
             if any(address in body for address in wanted):
                 attributes = dict(_attributes(body))
                 sources = {
@@ -77,7 +78,7 @@ def _delete(netlink: socket.socket, version: int, entry: bytes) -> int:
     data = netlink.recv(1 << 16)
     code = -struct.unpack_from("=i", data, 16)[0]
     if code not in (0, ENOENT):
-        raise OSError(code, "deleting a connection")
+        raise OSError(code, f"{os.strerror(code)} (deleting from the connection table)")
     return int(code == 0)
 
 

@@ -15,7 +15,7 @@ from agent.dataplane import conntrack, grace
 from agent.dataplane.applied import Applied
 from agent.dataplane.errors import KernelError, refused
 from agent.dataplane.ipset import Ipset
-from agent.dataplane.iptables import BACKENDS, Backend, in_use
+from agent.dataplane.iptables import BACKENDS, Backend
 from agent.dataplane.plan import (
     AddMembers,
     AwaitPackets,
@@ -116,12 +116,12 @@ class Dataplane:
         for attempt in range(ATTEMPTS):
             report.attempts = attempt + 1
             everything = self._mirror is None
-            with report.stage("read"):
-                mirror = self._mirror or self.read()
-            self._mirror = None
-            with report.stage("plan"):
-                operations = plan(node, journal, mirror, self.options, everything=everything)
             try:
+                with report.stage("read"):
+                    mirror = self._mirror or self.read()
+                self._mirror = None
+                with report.stage("plan"):
+                    operations = plan(node, journal, mirror, self.options, everything=everything)
                 self._execute(operations, mirror, report)
             except KernelError:
                 if attempt + 1 == ATTEMPTS:
@@ -142,10 +142,8 @@ class Dataplane:
         report = Report()
         self._mirror = None
         for name in (self.backend.name, *(n for n in BACKENDS if n != self.backend.name)):
-            if not in_use(name):
-                continue
             backend = Backend(name)
-            applied = Applied({}, backend.read(self.families))
+            applied = self._rules_of(backend)
             self._refuse_strays(applied)
             self._execute(list(removal(applied)), applied, report, backend)
         applied = Applied(self._ipset.read(), {})
@@ -163,11 +161,21 @@ class Dataplane:
         """Take our rules off the backend that is not in use: the host changed it since we last ran."""
         report = Report()
         for name in BACKENDS:
-            if name != self.backend.name and in_use(name):
+            if name != self.backend.name:
                 backend = Backend(name)
-                applied = Applied({}, backend.read(self.families))
+                applied = self._rules_of(backend)
                 self._execute(list(removal(applied)), applied, report, backend)
         return report
+
+    def _rules_of(self, backend: Backend) -> Applied:
+        """Our rules on a backend that need not be the one in use; none where it has no table, or one without us."""
+        versions = backend.readable(self.families)
+        try:
+            return Applied({}, backend.read(versions))
+        except KernelError:
+            if all(backend.is_clear(version) for version in versions):
+                return Applied()
+            raise
 
     @staticmethod
     def _refuse_strays(applied: Applied) -> None:

@@ -15,11 +15,16 @@ class KernelError(Exception):
         self.advice = advice
 
 
+_NATIVE = (
+    "The table holds rules that only nft can read (nft list table ip filter): move them to a table of their own, "
+    "or choose --backend legacy."
+)
 ADVICE = (
     ("Operation not permitted", "Run as root, or give the container the capability NET_ADMIN."),
     ("Permission denied", "Run as root, or give the container the capability NET_ADMIN."),
     ("you must be root", "Run as root, or give the container the capability NET_ADMIN."),
-    ("xtables lock", "Another program holds the xtables lock; it is tried again, and `status` tells when it went in."),
+    ("can't open lock file", "Mount the host's /run/xtables.lock, writable."),
+    ("xtables lock", "Another program holds it: see which (fuser -v /run/xtables.lock), and try again."),
     ("set is full", "The set holds all it can; fewer addresses must match the selector."),
     ("full", "The set holds all it can; fewer addresses must match the selector."),
     ("does not exist", "Something removed what this rule needs; the next sync reads the kernel again and repairs it."),
@@ -27,11 +32,13 @@ ADVICE = (
     ("type not supported", "Load the kernel module of this set type (ip_set_hash_ip, _ipport, _net) on the node."),
     ("Extension", "Load the kernel module of this match (modprobe xt_NAME) on the node."),
     ("No chain/target/match by that name", "Load the kernel module of this match or target (modprobe xt_NAME)."),
-    ("incompatible, use 'nft' tool", "Another program wrote this table with nft; choose --backend legacy."),
+    ("incompatible, use 'nft' tool", _NATIVE),
+    ("Parsing nftables rule failed", _NATIVE),
     ("in use", "A rule that is not ours uses it (iptables-save | grep the name): delete that rule."),
     ("name already exists", "A set of another type has its name, and is in use: delete the rules that use it."),
     ("Table does not exist", "Load the module ip_tables and iptable_filter, or choose --backend nft."),
-    ("can't initialize", "Load the modules ip_tables and iptable_filter, or choose --backend nft."),
+    ("initialize", "Load the modules ip_tables and iptable_filter, or choose --backend nft."),
+    ("connection table", "Load the module nf_conntrack_netlink on the node."),
 )
 
 

@@ -15,7 +15,7 @@ from agent.core.addresses import V4, format_address
 from agent.core.rules import Member
 from agent.dataplane.applied import AppliedSet, parse_ipset_save
 from agent.dataplane.errors import KernelError, refused
-from agent.dataplane.iptables import run_all, spawn
+from agent.dataplane.iptables import run_all, said, spawn
 from agent.dataplane.plan import AddMembers, CreateSet, DeleteMembers, DestroySet, SwapSets
 from agent.dataplane.render import HASHSIZE, MAXELEM, create_text, format_member
 
@@ -23,6 +23,7 @@ SetOperation = CreateSet | AddMembers | DeleteMembers | SwapSets | DestroySet
 
 BULK = 16
 """From so many entries on, `ipset restore` is faster than netlink; measured by `make bench` (docs/benchmarks.md)."""
+IPSET_ERR_HASH_FULL = 4352
 _PROTOCOLS = {"TCP": IPPROTO_TCP, "UDP": IPPROTO_UDP, "SCTP": IPPROTO_SCTP}
 
 
@@ -73,18 +74,22 @@ class Ipset:
             try:
                 self._netlink = IPSet()
             except (IPSetError, OSError) as error:
-                raise refused("ipset", str(error)) from error
+                raise refused("ipset", _words(error)) from error
         return self._netlink
 
     def _ask(self, what: str, call: Callable[[], object], *, missing_is_fine: bool = False) -> None:
         try:
             call()
-        except IPSetError as error:
-            if missing_is_fine and error.code == ENOENT:
+        except (IPSetError, OSError) as error:
+            if missing_is_fine and isinstance(error, IPSetError) and error.code == ENOENT:
                 return
-            raise refused(what, str(error.args[1] if len(error.args) > 1 else error)) from error
-        except OSError as error:
-            raise refused(what, str(error)) from error
+            raise refused(what, _words(error)) from error
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, IPSetError) and error.code == IPSET_ERR_HASH_FULL:
+        return "the set is full"  # pyroute2 has no words for it
+    return str(error.args[-1] if error.args else error)
 
 
 def _inet(version: int) -> int:
@@ -115,7 +120,7 @@ def _restore(operations: Sequence[SetOperation]) -> None:
     process = spawn(["ipset", "restore", "-exist"], "\n".join([*lines, ""]))
     _, errors = process.communicate()
     if process.returncode != 0:
-        raise _refusal(lines, errors.decode(errors="replace"))
+        raise _refusal(lines, said(process, errors))
 
 
 def _refusal(lines: list[str], errors: str) -> KernelError:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from agent.core.addresses import V4
 from agent.dataplane.applied import AppliedTable, parse_save
 from agent.dataplane.errors import KernelError, refused
 from agent.dataplane.plan import Transaction
+from agent.dataplane.render import ROOT
 
 LOCK_SECONDS = 10
 BACKENDS = ("nft", "legacy")
+_UNREADABLE = "is incompatible, use 'nft' tool"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,28 @@ class Backend:
         """Our part of each family's filter table. Raises KernelError."""
         versions = list(versions)
         commands = [[self.tool(version, "save"), "-t", "filter"] for version in versions]
-        return {version: parse_save(text) for version, text in zip(versions, run_all(commands))}
+        tables = {}
+        for version, command, text in zip(versions, commands, run_all(commands)):
+            if _UNREADABLE in text:  # and that is all there is, without a failure
+                raise refused(" ".join(command), next(line for line in text.splitlines() if _UNREADABLE in line))
+            tables[version] = parse_save(text)
+        return tables
+
+    def readable(self, versions: Iterable[int]) -> list[int]:
+        """The families whose filter table can be read without making it: reading a legacy table does."""
+        names = {4: "ip_tables_names", 6: "ip6_tables_names"}
+        found = []
+        for version in versions:
+            with suppress(KernelError):
+                self.tool(version, "save")
+                if self.name != "legacy" or "filter" in _listed(names[version]):
+                    found.append(version)
+        return found
+
+    def is_clear(self, version: int) -> bool:
+        """Whether our first chain is not there; answers for a table that cannot be read as a whole, too."""
+        command = [self.tool(version, "save").removesuffix("-save"), "-S", ROOT]
+        return subprocess.run(command, capture_output=True, check=False).returncode != 0
 
     def write(self, transactions: Sequence[Transaction]) -> list[KernelError | None]:
         """Carry out one transaction per family, side by side; answers for each its refusal, or None when it is in."""
@@ -62,7 +86,7 @@ class Backend:
         for tool, text, process in zip(tools, texts, processes):
             _, errors = process.communicate()
             failed = process.returncode != 0
-            answers.append(_refusal(tool, text, errors.decode(errors="replace")) if failed else None)
+            answers.append(_refusal(tool, text, said(process, errors)) if failed else None)
         return answers
 
 
@@ -70,7 +94,8 @@ def _refusal(tool: str, text: str, errors: str) -> KernelError:
     """The tool's answer, with the line that it names."""
     numbers = re.findall(r"line:? (\d+)", errors)
     lines = text.splitlines()
-    where = f": {lines[int(numbers[-1]) - 1]}" if numbers and 0 < int(numbers[-1]) <= len(lines) else ""
+    line = lines[int(numbers[-1]) - 1] if numbers and 0 < int(numbers[-1]) <= len(lines) else ""
+    where = f": {line}" if line.startswith("-") else ""  # what the kernel refuses is the line of COMMIT to legacy
     kept = [line for line in errors.splitlines() if line and "Try `" not in line and "Error occurred" not in line]
     return refused(f"{tool}{where}", "; ".join(kept) or errors)
 
@@ -93,13 +118,19 @@ def spawn(command: Sequence[str], text: str = "") -> subprocess.Popen[bytes]:
         raise refused(command[0], str(error)) from error
 
 
+def said(process: subprocess.Popen[bytes], errors: bytes) -> str:
+    """Why a tool failed, in its words."""
+    text = errors.decode(errors="replace").strip()
+    return text or f"ended with {process.returncode}" + " (killed)" * (process.returncode < 0)
+
+
 def run_all(commands: Sequence[Sequence[str]]) -> list[str]:
     """Run reading commands side by side; their outputs. Raises KernelError for the first that fails."""
     processes = [spawn(command) for command in commands]
     results = [process.communicate() for process in processes]
     for command, process, (_, errors) in zip(commands, processes, results):
         if process.returncode != 0:
-            raise refused(" ".join(command), errors.decode(errors="replace"))
+            raise refused(" ".join(command), said(process, errors))
     return [output.decode() for output, _ in results]
 
 
@@ -132,23 +163,17 @@ def detect() -> Backend:
 
 def _legacy_tables() -> bool:
     """Whether legacy tables exist here; asking iptables-legacy-save would make them."""
-    for path in ("/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"):
-        try:
-            if Path(path).read_text().strip():
-                return True
-        except OSError:
-            continue
-    return False
+    return any(_listed(name) for name in ("ip_tables_names", "ip6_tables_names"))
+
+
+def _listed(name: str) -> list[str]:
+    try:
+        return Path("/proc/net", name).read_text().split()
+    except OSError:
+        return []
 
 
 def _quiet_save(program: str) -> str:
     if not shutil.which(program):
         return ""
     return subprocess.run([program], capture_output=True, text=True, check=False).stdout
-
-
-def in_use(name: str) -> bool:
-    """Whether this backend can be read without making anything: legacy only where its tables are already there."""
-    if name == "legacy":
-        return _legacy_tables() and shutil.which("iptables-legacy-save") is not None
-    return shutil.which("iptables-nft-save") is not None
