@@ -30,7 +30,7 @@ class Writer:
         """Enforce a world, whatever was there, while nothing is asked."""
         self.field.count()
         with self.field.fabric.inside(node_key(NODE)):
-            self._restart(objects)
+            self.restart(objects)
 
     def walk(self, steps: Iterable[Step], *, check: bool = True) -> None:
         """Make the steps under the flood; in the end the kernel must hold what the last world asks for."""
@@ -43,11 +43,12 @@ class Writer:
 
     def _make(self, step: Step) -> None:
         if step.restart or self._agent is None:
-            self._restart(step.after)
+            self.restart(step.after)
         else:
             self._agent.change(step.after)
 
-    def _restart(self, objects: Objects) -> None:
+    def restart(self, objects: Objects) -> None:
+        """Another process, which finds what is there."""
         self.close()
         self._agent = Agent(self.backend, objects)
         self._agent.sync()

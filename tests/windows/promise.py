@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from tests import oracle, worlds
-from tests.test_model import mixtures
+from tests.nodes import key_of
 from tests.windows.field import NODE, Asked
 from tests.windows.frames import Probe
 
-Objects = list[dict[str, Any]]
+Object = dict[str, Any]
+Objects = list[Object]
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,38 @@ class Step:
     restart: bool = False
 
 
-def promised(probe: Probe, meanwhile: Iterable[Objects]) -> Asked:
+def promised(probe: Probe, states: Iterable[Objects]) -> Asked:
     """Whether, in all these worlds, one end denies the packet or both allow it. Each end is judged by itself."""
     source, destination, protocol, port = probe
-    seen = [oracle.allowed(w, src=source, dst=destination, protocol=protocol, port=port, node=NODE) for w in meanwhile]
+    seen = [oracle.allowed(w, src=source, dst=destination, protocol=protocol, port=port, node=NODE) for w in states]
     shut = not any(v.egress for v in seen) or not any(v.ingress for v in seen)
     return Asked(probe, shut, all(v.allowed for v in seen))
 
 
+def meanwhile(several: Sequence[Objects]) -> list[Objects]:
+    """What a packet may be judged by while one world becomes the next, and that the next.
+
+    Each world by itself where only policies differ, else every mixture of their objects."""
+    versions = [{key_of(o): o for o in world} for world in several]
+    keys = list(dict.fromkeys(key for version in versions for key in version))
+    choices = {key: _distinct([version.get(key) for version in versions]) for key in keys}
+    if all(kind == "NetworkPolicy" or len(choices[kind, name]) == 1 for kind, name in keys):
+        return list(several)
+    return [[o for o in mixture if o is not None] for mixture in product(*choices.values())]
+
+
+def _distinct(objects: Iterable[Object | None]) -> list[Object | None]:
+    found: list[Object | None] = []
+    for one in objects:
+        if one not in found:
+            found.append(one)
+    return found
+
+
 def asked(before: Objects, after: Objects, probes: Iterable[Probe]) -> tuple[Asked, ...]:
     """The promise for each probe while one world becomes the other."""
-    meanwhile = mixtures(before, after)
-    return tuple(promised(probe, meanwhile) for probe in probes)
+    states = meanwhile([before, after])
+    return tuple(promised(probe, states) for probe in probes)
 
 
 def random_walk(rng: random.Random, changes: int, *, life: int = 40) -> list[list[Step]]:
@@ -49,18 +71,18 @@ def random_walk(rng: random.Random, changes: int, *, life: int = 40) -> list[lis
             before, titles = world, []
             for _ in range(rng.choice((1, 1, 1, 2, 3))):
                 title, grown = worlds.random_event(rng, world)
-                if len(mixtures(before, grown)) > 16:
+                if len(meanwhile([before, grown])) > 16:
                     break
                 titles.append(title)
                 world = grown
-            chosen = asked(before, world, _telling(before, world, rng))
+            chosen = asked(before, world, telling(before, world, rng))
             steps.append(Step(", ".join(titles), world, chosen, restart=rng.random() < 0.1))
         found.append(steps)
         changes -= len(steps) - 1
     return found
 
 
-def _telling(before: Objects, after: Objects, rng: random.Random) -> list[Probe]:
+def telling(before: Objects, after: Objects, rng: random.Random) -> list[Probe]:
     """Probes of which many are denied, and most others go to or come from an isolated pod."""
     candidates = [*worlds.interesting_probes(before, rng, 30), *worlds.interesting_probes(after, rng, 30)]
     shut, judged, others = [], [], []
