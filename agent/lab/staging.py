@@ -59,7 +59,7 @@ def stage(inventory: Inventory, wishes: Wishes, known: Mapping[str, PodSpec] | N
     names = sorted({pod.node for pod in inventory.pods.values() if pod.node})
     spare = (f"node{number}" for number in range(1, wishes.nodes + 1))
     names += [name for name, _ in zip((n for n in spare if n not in names), range(wishes.nodes - len(names)))]
-    taken = _taken(inventory, wishes)
+    taken = _taken(inventory, wishes) | {parse_address(a) for pod in (known or {}).values() for a in pod.addresses}
     nodes = dict(_nodes(names, inventory, wishes.families, taken))
     free = {name: _free(number, wishes.families) for number, name in enumerate(names, 1)}
     pods: dict[str, Pod] = {}
