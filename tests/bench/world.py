@@ -1,7 +1,7 @@
 """A cluster made up for measuring: as many pods and policies as asked for, as the bytes that an API server sends.
 
 Deployments of ten pods, spread over the namespaces, each with a common app name of which every namespace has its own;
-policies select one deployment each, and allow two peers on two ports; every third has egress rules too.
+policies select one deployment each, and allow two peers on two ports; a third have egress rules too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ REPLICAS = 10
 TEAMS = 10
 TIERS = ("frontend", "backend", "data")
 DNS_PODS = 2
+NAMED, EGRESS = 0.1, 0.33
+"""Shares of the policies that name a port, and that have egress rules too."""
 DIGITS = "bcdfghjklmnpqrstvwxz2456789"
 
 
@@ -92,10 +94,14 @@ class World:
     def policy(self, policy: int, *, port: int = 8080) -> bytes:
         deployment = self._selected(policy)
         space, number = self._place(deployment)
+        random = Random(policy)
         apps = self.deployments // self.spaces or 1
-        near, far = f"app-{(number + 1 + policy) % apps}", f"app-{(number + 3 + policy) % apps}"
-        team = f"t-{(space + policy) % TEAMS}"
-        second: int | str = "metrics" if policy % 10 == 0 else 9090
+        near, far, team = (
+            f"app-{random.randrange(apps)}",
+            f"app-{random.randrange(apps)}",
+            f"t-{random.randrange(TEAMS)}",
+        )
+        second: int | str = "metrics" if random.random() < NAMED else 9090
         spec: dict[str, Any] = {
             "podSelector": {"matchLabels": {"app": f"app-{number}"}},
             "policyTypes": ["Ingress"],
@@ -112,7 +118,7 @@ class World:
                 }
             ],
         }
-        if policy % 3 == 0:
+        if random.random() < EGRESS:
             spec["policyTypes"].append("Egress")
             spec["egress"] = [
                 {
