@@ -141,7 +141,7 @@ name_option = click.option(
 @click.option("--services", is_flag=True, help="Ask the cluster addresses of Services, too.")
 @click.option("--no-policies", is_flag=True, help="Leave the policies out, to see the network alone.")
 @output_option
-@click.argument("ends", nargs=-1, metavar="[POD|outside]...")
+@click.argument("ends", nargs=-1, metavar="[END]...")
 def matrix(
     wanted: LabOptions,
     name: str,
@@ -153,11 +153,13 @@ def matrix(
 ) -> None:
     """Print who reaches whom, as packets found it, with any difference to what the policies say marked.
 
-    Without -f the held lab (`lab up`) is asked. With ends, only these are.
+    Without -f the held lab (`lab up`) is asked. With ends, only these ask each other; one alone asks all, and is asked.
+    An end is ns/pod, svc/ns/name, node/NAME or outside.
 
     \b
     Examples:
       netpol-agent lab matrix -f manifests/
+      netpol-agent lab matrix -f manifests/ shop/web-0 svc/shop/api outside
       netpol-agent lab matrix -f manifests/ --mode bridged --port 80 --port icmp -o json
 
     Exit codes: 0 packets and policies agree; 1 they differ; 2 bad input; 3 no lab can be made here.
@@ -246,6 +248,9 @@ def up(wanted: LabOptions, name: str) -> None:
     click.echo(f"lab {name!r} is up: {len(staged.fabric.nodes)} nodes, {len(staged.pods)} pods")
     for pod in staged.fabric.pods:
         click.echo(f"  {pod.key}  {' '.join(pod.addresses)}  on {pod.node}")
+    for service in staged.services:
+        ports = [f"{p.port}/{p.protocol}" + (f" (node port {p.node_port})" * bool(p.node_port)) for p in service.ports]
+        click.echo(f"  {service.key}  {' '.join(service.cluster_ips) or 'headless'}  {', '.join(ports)}")
 
 
 @lab.command("apply")
@@ -547,10 +552,10 @@ def resolve(running: Lab, staged: Stage, text: str, ports: Sequence[Port] | None
     kind, _, rest = text.partition("/")
     if kind == "svc":
         for service in staged.services:
-            if rest in (f"{service.namespace}/{service.name}", service.name):
+            if rest in (service.key.removeprefix("svc/"), service.name):
                 if not service.cluster_ips:
                     raise click.UsageError(f"{text!r} is headless: it has no address; ask its pods")
-                return text, list(service.cluster_ips), [(p.protocol, p.port) for p in service.ports]
+                return service.key, list(service.cluster_ips), [(p.protocol, p.port) for p in service.ports]
         raise click.UsageError(f"{text!r} is no Service of the input")
     try:
         version = family(text)

@@ -193,7 +193,7 @@ def prefix_of(address: str) -> Prefix:
     prefix = _link_of(address)
     plain = ipaddress.ip_address(address)
     if plain == prefix.network_address or (prefix.version == 4 and plain == prefix.broadcast_address):
-        raise ValueError(f"{address} cannot be a pod's on a bridge: it is the first or last of {prefix}")
+        raise ValueError(f"{address} cannot be a pod's on a bridge, it is the first or last of {prefix}: be routed")
     return prefix
 
 
@@ -223,6 +223,8 @@ def with_gateways(spec: FabricSpec) -> FabricSpec:
 
 def gateways(spec: FabricSpec, node: NodeSpec) -> list[str]:
     """The addresses that a node has on the links of its own pods' bridge."""
+    if spec.mode != "bridged":
+        return []
     given = dict(spec.gateways)
     return [given[link] for link in map(str, prefixes(local_pods(spec, node.name))) if link in given]
 

@@ -56,25 +56,26 @@ def questions(
     with_services: bool = False,
 ) -> list[Question]:
     """Every ordered pair of pods and the outside host, on each port that the destination serves, in each family both
-    have. `ports` replaces those; `ends` keeps only pairs of these keys. `with_services` asks the Services' cluster
-    addresses, too; nobody outside has a route to those."""
-    pods = [pod.key for pod in fabric.spec.pods]
-    keys = [key for key in (*pods, OUTSIDE) if not ends or key in ends]
+    have. `ports` replaces those. `ends` are keys (`svc/NAMESPACE/NAME` too): only pairs of these, or all pairs of a
+    single one. `with_services` asks the Services' cluster addresses, too; nobody outside has a route to those."""
+    nodes = [node.key for node in fabric.spec.nodes if node.key in ends]
+    keys = [*(pod.key for pod in fabric.spec.pods), OUTSIDE, *nodes]
     held: dict[str, list[str]] = {}
     for key, address in fabric.spec.held():
         held.setdefault(key, []).append(address)
     for pod in fabric.spec.pods:
         held.setdefault(pod.key, list(pod.addresses))
     asked = {key: tuple(ports) or stage.ports.get(key) or (DEFAULT_PORT,) for key in keys}
-    for service in stage.services if with_services else ():
-        key = f"svc/{service.namespace}/{service.name}"
-        held[key] = list(service.cluster_ips)
-        asked[key] = tuple((port.protocol, port.port) for port in service.ports)
+    for service in stage.services:
+        if with_services or service.key in ends:
+            held[service.key] = list(service.cluster_ips)
+            asked[service.key] = tuple((port.protocol, port.port) for port in service.ports)
     return [
         Question(source, own, destination, other, protocol, port)
         for source in keys
         for destination in asked
         if source != destination and not (source == OUTSIDE and destination.startswith("svc/"))
+        if not ends or (len(ends) == 1 and {source, destination} & set(ends)) or {source, destination} <= set(ends)
         for protocol, port in asked[destination]
         for version in (4, 6)
         if (own := _first(held.get(source, ()), version)) and (other := _first(held.get(destination, ()), version))

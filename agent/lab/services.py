@@ -42,6 +42,11 @@ class ServiceSpec:
     cluster_ips: tuple[str, ...]
     ports: tuple[ServicePort, ...]
 
+    @property
+    def key(self) -> str:
+        """`svc/NAMESPACE/NAME`."""
+        return f"svc/{self.namespace}/{self.name}"
+
 
 def rules(services: Sequence[ServiceSpec], node_addresses: Sequence[str], version: int, *, hooks: bool = True) -> str:
     """The text for `iptables-restore --noflush` of one family (version 4 or 6) in one node.

@@ -12,6 +12,7 @@ from agent.core.addresses import family, format_address, parse_address
 from agent.core.inventory import Inventory
 from agent.core.objects import PROTOCOLS, Pod, Service
 from agent.core.policy import PortRange
+from agent.lab import addressing
 from agent.lab.services import ServicePort, ServiceSpec
 from agent.lab.spec import FabricSpec, Listen, Mode, NodeSpec, PodSpec
 
@@ -81,6 +82,7 @@ def stage(inventory: Inventory, wishes: Wishes, known: Mapping[str, PodSpec] | N
         mode=wishes.mode,
     )
     fabric.check()
+    fabric = addressing.with_gateways(fabric)
     ports = {pod.key: _asked(pod, listens[pod.key], inventory) for pod in pods.values()}
     services = tuple(_services(inventory, pods, wishes.families, taken))
     return Stage(pods, fabric, services, ports)
@@ -187,8 +189,10 @@ def _asked(pod: Pod, listens: tuple[Port, ...], inventory: Inventory) -> tuple[P
 def _services(
     inventory: Inventory, pods: Mapping[str, Pod], families: tuple[int, ...], taken: set[bytes]
 ) -> Iterator[ServiceSpec]:
-    """Each Service with its ready endpoints; one that has no cluster address in the files is given one."""
+    """Each Service with its endpoints; a cluster address and node ports that the files lack are given."""
     numbers = iter(range(10, 65000))
+    used = {port.node_port for service in inventory.services.values() for port in service.ports}
+    node_ports = (number for number in range(30000, 32768) if number not in used)
     for key, service in sorted(inventory.services.items()):
         if service.type == "ExternalName":
             continue
@@ -208,9 +212,10 @@ def _services(
                 for address in pod.addresses
                 if not addresses or family(address) in {6 if ":" in a else 4 for a in addresses}
             ]
-            ports.append(
-                ServicePort(port.protocol, port.port, port.node_port or None, tuple(endpoints))  # type: ignore[arg-type]
-            )
+            node_port = port.node_port or None
+            if node_port is None and service.type in ("NodePort", "LoadBalancer"):
+                node_port = next(node_ports)
+            ports.append(ServicePort(port.protocol, port.port, node_port, tuple(endpoints)))  # type: ignore[arg-type]
         namespace, _, name = key.partition("/")
         yield ServiceSpec(namespace, name, addresses, tuple(ports))
 

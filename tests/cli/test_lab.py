@@ -98,6 +98,22 @@ def test_matrix_without_policies_and_of_some_ends() -> None:
     assert all(a.reached for a in answers)
 
 
+def test_matrix_of_one_end_and_of_ends_of_each_kind() -> None:
+    def pairs(*ends: str) -> set[tuple[str, str]]:
+        done = run("lab", "matrix", "-f", REPOSITORY_OF_MANIFESTS, "-o", "json", *ends)
+        return {(a.source, a.destination) for a in done.decoded(MatrixResult).answers}
+
+    one = pairs("db-0")
+    assert all("shop/db-0" in pair for pair in one)
+    assert len(one) == 14
+    db, node, web = "shop/db-0", "node:node1", "svc/shop/web"
+    assert pairs("db-0", "node/node1", "svc/web", "outside") == {
+        *permutations((db, node, "outside"), 2),
+        (db, web),
+        (node, web),
+    }
+
+
 def test_workloads_without_their_pods_get_them() -> None:
     done = run("lab", "matrix", "-f", REPOSITORY_OF_MANIFESTS, "--services", "-o", "json")
     assert (done.code, done.err) == (0, "")
@@ -175,6 +191,37 @@ def test_input_without_pods_or_with_one_address_twice_is_2(tmp_path: Path) -> No
         done = run("lab", verb, "-f", file)
         assert done.code == 2
         assert "default/a and default/b have the same address 10.0.0.9" in done.err
+
+
+def test_addresses_that_a_bridge_cannot_have_are_2(tmp_path: Path) -> None:
+    file = tmp_path / "in.yaml"
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": {"nodeName": "n1"}}
+    file.write_text(json.dumps({**pod, "status": {"podIP": "10.0.1.255"}}))
+    done = run("lab", "matrix", "-f", file, "--mode", "bridged")
+    assert done.code == 2
+    assert "10.0.1.255 cannot be a pod's on a bridge" in done.err
+    assert run("lab", "matrix", "-f", file).code == 0
+
+
+def test_a_cluster_in_the_labs_own_ranges(tmp_path: Path) -> None:
+    """Calico's pods are in 192.168.0.0/16; what the lab gives to nodes and Services keeps clear of what is there."""
+    pods = [
+        {"metadata": {"name": f"p{n}", "labels": {"app": "x"}}, "status": {"podIP": f"192.168.0.{n}"}} for n in (1, 2)
+    ]
+    made = [{"apiVersion": "v1", "kind": "Pod", "spec": {"nodeName": "n1"}, **pod} for pod in pods]
+    services = [
+        {"metadata": {"name": name}, "spec": {"selector": {"app": "x"}, "ports": [{"port": 80}], **more}}
+        for name, more in (("a", {}), ("b", {"clusterIP": "10.96.0.10", "type": "NodePort"}))
+    ]
+    made += [{"apiVersion": "v1", "kind": "Service", **service} for service in services]
+    file = tmp_path / "in.yaml"
+    file.write_text("\n---\n".join(map(json.dumps, made)))
+    done = run("lab", "matrix", "-f", file, "--services", "--mode", "bridged", "-o", "json")
+    assert done.code == 0, done
+    assert {a.destination for a in done.decoded(MatrixResult).answers} >= {"svc/default/a", "svc/default/b"}
+    assert "reaches node:n1 172.31.255.1 30000/TCP (answered by default/p" in (
+        run("lab", "probe", "-f", file, "outside", "node/n1", "30000", "--families", "4").out
+    )
 
 
 def test_a_reader_that_leaves_is_no_fault() -> None:
