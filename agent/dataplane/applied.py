@@ -177,12 +177,13 @@ _CREATE_OPTIONS = {"family", "hashsize", "maxelem", "bucketsize", "initval"}
 
 
 def _parse_member(held: AppliedSet, entry: str) -> Member:
+    inet = AF_INET if held.family == V4 else AF_INET6
     if held.kind == SetKind.IP.value:
-        return inet_pton(AF_INET if held.family == V4 else AF_INET6, entry)
+        return inet_pton(inet, entry)
     if held.kind == SetKind.IP_PORT.value:
         address, _, port = entry.partition(",")
         protocol, _, number = port.partition(":")
-        return parse_address(address), protocol.upper(), int(number)
+        return inet_pton(inet, address), protocol.upper(), int(number)
     if held.kind == SetKind.NET.value:
         address, _, length = entry.partition("/")
         packed = parse_address(address)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from socket import AF_INET, AF_INET6, inet_ntop
 from typing import NamedTuple
 
 from agent.core.addresses import FAMILIES, V4, Address, Prefix, family, format_address
@@ -180,12 +181,12 @@ def create_text(name: str, kind: SetKind, version: int) -> str:
 def format_member(member: Member) -> str:
     """A member as `ipset save` prints it."""
     if isinstance(member, bytes):
-        return format_address(member)
+        return inet_ntop(AF_INET if len(member) == 4 else AF_INET6, member)
     if isinstance(member, Prefix):
         full = member.length == member.bits
         return str(member).partition("/")[0] if full else str(member)
     address, protocol, number = member
-    return f"{format_address(address)},{protocol.lower()}:{number}"
+    return f"{format_member(address)},{protocol.lower()}:{number}"
 
 
 def ipset_text(node: Node) -> str:
