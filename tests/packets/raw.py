@@ -11,14 +11,23 @@ import time
 from agent.lab.fabric import Fabric
 from agent.lab.flights import errors
 
-WAIT = 0.25  # seconds: the lab answers within milliseconds
+WAIT = {False: 0.25, True: 3.0}
+"""Seconds until silence is believed, by whether an answer is expected: the lab answers within milliseconds."""
 ACK = 0x10
 NUMBERS = {(name, version): number for name, number in (("TCP", 6), ("any", 253)) for version in (4, 6)}
 NUMBERS |= {("ICMP", 4): socket.IPPROTO_ICMP, ("ICMP", 6): socket.IPPROTO_ICMPV6}
 """By name and family; 253 is a protocol for experiments."""
 
 
-def arrives(fabric: Fabric, source: tuple[str, str], destination: tuple[str, str], protocol: int, data: bytes) -> bool:
+def arrives(
+    fabric: Fabric,
+    source: tuple[str, str],
+    destination: tuple[str, str],
+    protocol: int,
+    data: bytes,
+    *,
+    expected: bool,
+) -> bool:
     """Send one packet from (end, address) to (end, address); whether it, and not just any, is seen there."""
     version = socket.AF_INET6 if ":" in source[1] else socket.AF_INET
     with fabric.inside(destination[0]):
@@ -28,7 +37,7 @@ def arrives(fabric: Fabric, source: tuple[str, str], destination: tuple[str, str
     with receiver, sender:
         sender.bind((source[1], 0))
         sender.sendto(data, (destination[1], 0))
-        deadline = time.monotonic() + WAIT
+        deadline = time.monotonic() + WAIT[expected]
         while (left := deadline - time.monotonic()) > 0:
             if select.select([receiver], [], [], left)[0]:
                 seen = receiver.recv(65536)
@@ -100,7 +109,7 @@ def expires(fabric: Fabric, source: str, address: str, port: int, hops: int) -> 
         return next((offender for _, _, offender in errors(made)), None)
 
 
-def large_datagram(fabric: Fabric, source: str, address: str, port: int) -> bool:
+def large_datagram(fabric: Fabric, source: str, address: str, port: int, *, expected: bool) -> bool:
     """Whether a datagram in three fragments is answered by the lab's server, which sends it back."""
     with fabric.inside(source):
         made = _udp(address)
@@ -108,11 +117,11 @@ def large_datagram(fabric: Fabric, source: str, address: str, port: int) -> bool
         made.connect((address, port))
         data = os.urandom(4000)
         made.send(data)
-        ready, _, _ = select.select([made], [], [], WAIT)
+        ready, _, _ = select.select([made], [], [], WAIT[expected])
         return bool(ready) and made.recv(65536).endswith(data)
 
 
-def active_ftp(fabric: Fabric, client: tuple[str, str], server: tuple[str, str]) -> bool:
+def active_ftp(fabric: Fabric, client: tuple[str, str], server: tuple[str, str], *, expected: bool) -> bool:
     """A control connection in which the client names a port, and the server's connection to it: is that let in?"""
     version = socket.AF_INET6 if ":" in client[1] else socket.AF_INET
     with fabric.inside(server[0]):
@@ -129,7 +138,7 @@ def active_ftp(fabric: Fabric, client: tuple[str, str], server: tuple[str, str])
             control.sendall(f"{line}\r\n".encode())
             talk.settimeout(2)
             talk.recv(1000)
-        data.settimeout(WAIT)
+        data.settimeout(WAIT[expected])
         try:
             data.connect((client[1], port))
         except TimeoutError:

@@ -120,7 +120,8 @@ class Scene:
         """Send a packet of an IP protocol, its payload made for both addresses, and see whether it gets there."""
         for own, other in zip(self.addresses(src), self.addresses(dst)):
             number = raw.NUMBERS[protocol, family(own)]
-            if raw.arrives(self.fabric, (src, own), (dst, other), number, make(own, other)) is not arrives:
+            ends = (src, own), (dst, other)
+            if raw.arrives(self.fabric, *ends, number, make(own, other), expected=arrives) is not arrives:
                 self.wrong.append(
                     f"{self.step}: {protocol} from {src} {own} to {dst} {other}: "
                     f"{'did not arrive' if arrives else 'arrived'}"

@@ -277,7 +277,7 @@ def test_39_what_an_expectation_announces_is_judged_as_new() -> None:
             for own, server in zip(scene.addresses(A), scene.addresses(C)):
                 version = 6 if ":" in own else 4
                 before = scene.counted(NODE_1, version, "mangle", "FORWARD", "related")
-                if raw.active_ftp(scene.fabric, (A, own), (C, server)) is not arrives:
+                if raw.active_ftp(scene.fabric, (A, own), (C, server), expected=arrives) is not arrives:
                     scene.wrong.append(
                         f"{scene.step}: the data connection to {own} was {'lost' if arrives else 'let in'}"
                     )
@@ -345,7 +345,7 @@ def test_40_fragments_are_judged_as_the_packet_they_were() -> None:
         ):
             scene.enforce(*policies)
             for address in (*scene.addresses(B), *scene.addresses(C)):
-                if raw.large_datagram(scene.fabric, A, address, 80) is not arrives:
+                if raw.large_datagram(scene.fabric, A, address, 80, expected=arrives) is not arrives:
                     scene.wrong.append(f"{scene.step}: fragments to {address} {'were lost' if arrives else 'arrived'}")
 
     everywhere(body)
