@@ -131,16 +131,14 @@ def test_every_selector_is_found_by_the_index_as_by_looking_at_each() -> None:
             change(node, objects, after)
             objects = after
         for active in node.sets.active.values():
-            peer = getattr(active.spec, "peer", None)
-            if peer is None:
-                continue
-            wanted = set()
-            for group in node.cluster.groups():
-                seen = node.cluster.namespaces.get(group.namespace)
-                where = peer.namespace in (None, group.namespace)
-                if peer.namespaces is not None:
-                    where = seen is not None and peer.namespaces.matches(seen.labels)
-                if where and peer.pods.matches(group.labels):
-                    wanted.add(group)
-            assert active.selection is not None
-            assert active.selection.groups == wanted
+            for selection in active.selections:
+                peer = selection.peer
+                wanted = set()
+                for group in node.cluster.groups():
+                    seen = node.cluster.namespaces.get(group.namespace)
+                    where = peer.namespace in (None, group.namespace)
+                    if peer.namespaces is not None:
+                        where = seen is not None and peer.namespaces.matches(seen.labels)
+                    if where and peer.pods.matches(group.labels):
+                        wanted.add(group)
+                assert selection.groups == wanted

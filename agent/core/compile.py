@@ -27,10 +27,10 @@ MULTIPORT = 15
 
 
 class _Peer(NamedTuple):
-    """One alternative of a rule's peers in one family: pods, a prefix or set of them, or anyone (all None)."""
+    """One alternative of a rule's peers in one family: pods, prefixes, or anyone (both None)."""
 
     indices: tuple[int, ...]
-    pods: PodPeer | None = None
+    pods: tuple[PodPeer, ...] | None = None
     prefixes: tuple[Prefix, ...] | None = None
 
 
@@ -89,8 +89,8 @@ def _peers(rule: PolicyRule, family: int) -> Iterator[_Peer]:
     prefixes = tuple(p for p in reduce_blocks(blocks) if p.family == family)
     if prefixes:
         yield _Peer(tuple(block_indices), prefixes=None if prefixes[0].length == 0 else prefixes)
-    for pod_peer, indices in pods.items():
-        yield _Peer(tuple(indices), pods=pod_peer)
+    if pods:
+        yield _Peer(tuple(sorted(n for indices in pods.values() for n in indices)), pods=tuple(sorted(pods, key=repr)))
 
 
 def _peer_matches(peer: _Peer, family: int, ports: Match) -> Iterator[Match]:
@@ -108,10 +108,10 @@ def _peer_matches(peer: _Peer, family: int, ports: Match) -> Iterator[Match]:
 def _named_matches(port: PortName, peer: _Peer, direction: str, family: int) -> Iterator[Match]:
     """A named port is a set of (address, number), never a chain of its own (semantics.md lines 29 to 31)."""
     if direction == EGRESS:
-        pods = peer.pods or ALL_PODS
+        pods = peer.pods or (ALL_PODS,)
         yield Match(port.protocol, (), NamedPortSet(family, port.name, port.protocol, pods, peer.prefixes))
         return
-    named = NamedPortSet(family, port.name, port.protocol, ALL_PODS, local=True)
+    named = NamedPortSet(family, port.name, port.protocol, (ALL_PODS,), local=True)
     yield from _peer_matches(peer, family, Match(port.protocol, (), named))
 
 

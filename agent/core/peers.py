@@ -19,11 +19,11 @@ from agent.core.state import Cluster, Group, NamespaceChange, PodChange, PodReco
 class ActiveSet:
     """A set in use on this node. `touched` None means that all of it is to be compared."""
 
-    __slots__ = ("_cluster", "selection", "spec", "touched", "uses")
+    __slots__ = ("_cluster", "selections", "spec", "touched", "uses")
 
-    def __init__(self, spec: SetSpec, selection: Selection | None, cluster: Cluster) -> None:
+    def __init__(self, spec: SetSpec, selections: tuple[Selection, ...], cluster: Cluster) -> None:
         self.spec = spec
-        self.selection = selection
+        self.selections = selections
         self.uses = 0
         self.touched: set[Member] | None = None
         self._cluster = cluster
@@ -40,17 +40,20 @@ class ActiveSet:
                 yield member
 
     def _candidates(self) -> Iterator[tuple[Group, Address]]:
-        assert self.selection is not None
         if isinstance(self.spec, NamedPortSet) and self.spec.local:
             for address in self._cluster.judged:  # the node's own, not the cluster's
                 for holder in self._cluster.holders(address):
-                    if holder.group is not None and holder.group in self.selection.groups:
+                    if holder.group is not None and self._selects(holder.group):
                         yield holder.group, address
             return
-        for group in self.selection.groups:
-            for pod in group.pods:
-                for address in pod.addresses:
-                    yield group, address
+        for selection in self.selections:
+            for group in selection.groups:
+                for pod in group.pods:
+                    for address in pod.addresses:
+                        yield group, address
+
+    def _selects(self, group: Group) -> bool:
+        return any(group in selection.groups for selection in self.selections)
 
     def member_of(self, group: Group, address: Address) -> Member | None:
         """What a pod of a selected group adds to the set by holding the address, if anything."""
@@ -70,11 +73,10 @@ class ActiveSet:
         """Whether the member belongs into the set now (line 24: any of the address's holders will do)."""
         if isinstance(self.spec, PrefixSet):
             return member in self.spec.prefixes
-        assert self.selection is not None
         address = member[0] if isinstance(member, tuple) and not isinstance(member, Prefix) else member
         assert isinstance(address, bytes)
         return any(
-            h.group in self.selection.groups and self.member_of(h.group, address) == member
+            self._selects(h.group) and self.member_of(h.group, address) == member
             for h in self._cluster.holders(address)
             if h.group is not None
         )
@@ -119,9 +121,11 @@ class PeerSets:
     def acquire(self, spec: SetSpec) -> None:
         active = self.active.get(spec.name)
         if active is None:
-            active = self.active[spec.name] = ActiveSet(spec, self._select(spec), self._cluster)
-            if active.selection is not None:
-                active.selection.sets.append(active)
+            peers = spec.peers if isinstance(spec, PeerSet | NamedPortSet) else ()
+            selections = tuple(self._select(peer) for peer in peers)
+            active = self.active[spec.name] = ActiveSet(spec, selections, self._cluster)
+            for selection in selections:
+                selection.sets.append(active)
             self._changed.add(spec.name)
         active.uses += 1
 
@@ -132,16 +136,12 @@ class PeerSets:
             return
         del self.active[spec.name]
         self._changed.add(spec.name)
-        selection = active.selection
-        if selection is not None:
+        for selection in active.selections:
             selection.sets.remove(active)
             if not selection.sets:
                 self._forget(selection)
 
-    def _select(self, spec: SetSpec) -> Selection | None:
-        if not isinstance(spec, (PeerSet, NamedPortSet)):
-            return None
-        peer = spec.peer
+    def _select(self, peer: PodPeer) -> Selection:
         selection = self._selections.get(peer)
         if selection is None:
             selection = self._selections[peer] = Selection(peer)

@@ -46,35 +46,35 @@ class SetSpec:
 
 @dataclass(frozen=True)
 class PeerSet(SetSpec):
-    """The addresses of one family of the pods that a peer selects."""
+    """The addresses of one family of the pods that any of the peers selects: one look-up for all peers of a rule."""
 
     family: int
-    peer: PodPeer
+    peers: tuple[PodPeer, ...]
     kind = SetKind.IP
 
     @cached_property
     def name(self) -> str:
-        return _name(f"npa{self.family}-p-", self.peer)
+        return _name(f"npa{self.family}-p-", self.peers)
 
 
 @dataclass(frozen=True)
 class NamedPortSet(SetSpec):
     """(address, protocol, number) of destination pods that declare the named port (semantics.md lines 29 to 31).
 
-    `peer` says which pods; `within` keeps only addresses in these prefixes (a named port beside an ipBlock);
+    `peers` say which pods; `within` keeps only addresses in these prefixes (a named port beside an ipBlock);
     `local` keeps only the addresses that this node judges (an ingress rule resolves on the selected pod)."""
 
     family: int
     port: str
     protocol: str
-    peer: PodPeer
+    peers: tuple[PodPeer, ...]
     within: tuple[Prefix, ...] | None = None
     local: bool = False
     kind = SetKind.IP_PORT
 
     @cached_property
     def name(self) -> str:
-        return _name(f"npa{self.family}-n-", self.port, self.protocol, self.peer, self.within, self.local)
+        return _name(f"npa{self.family}-n-", self.port, self.protocol, self.peers, self.within, self.local)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def programmed_classes(applied: Applied) -> list[ProgrammedClass]:
             if direction is None:
                 continue
             pods = sorted(
-                _option(rule, "--comment")
+                " ".join(_without_uid(holder) for holder in _option(rule, "--comment").split())
                 for number in range(BUCKETS)
                 for rule in table.chains.get(bucket_name(direction, number), ())
                 if _option(rule, "-g") == name
@@ -56,6 +56,10 @@ def programmed_classes(applied: Applied) -> list[ProgrammedClass]:
             policies = _option(rules[-1], "--comment").split()[2:] if rules else []
             found.append(ProgrammedClass(name, version, direction, tuple(pods), tuple(policies), len(rules)))
     return found
+
+
+def _without_uid(holder: str) -> str:
+    return "/".join(holder.split("/")[:2])
 
 
 def _option(rule: CanonicalRule, option: str) -> str:
@@ -75,7 +79,8 @@ def drift(applied: Applied) -> Iterator[str]:
             yield f"{family}: {_MISPLACED}"
         isolates = any(dispatched(t) for t in applied.tables.values())
         options = [Options(multicast=flag) for flag in (False, True)]
-        forms = [fixed_chains(version, isolates=isolates, options=o) for o in options]
+        directions = {d for d in DIRECTIONS if any(table.chains.get(bucket_name(d, n)) for n in range(BUCKETS))}
+        forms = [fixed_chains(version, isolates=isolates, directions=directions, options=o) for o in options]
         for name in forms[0]:
             if table.chains.get(name) not in [canonical_chain(form[name]) for form in forms]:
                 yield f"{family}: the chain {name} was changed"

@@ -4,7 +4,8 @@ Invariant: whichever operation the process dies after, no packet is let through 
 is lost that both allow (semantics.md line 44). It rests on this order, and on adds and deletes being separate batches:
 
   create and fill new sets → add to peer sets → add to named-port sets → forget released connections
-  → one transaction per family → delete from named-port sets → delete from peer sets → destroy sets
+  → one transaction per family → forget what the old rules have let in again
+  → delete from named-port sets → delete from peer sets → destroy sets
 
 A packet does not see all of this at one moment. One that looks into set B before an address is added to it, and into A
 after the address was deleted from it, misses both (seen once in 20,000 moves between 40 sets of a chain, under flood).
@@ -13,7 +14,7 @@ So where an address moves between two sets of one chain, every packet on its way
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from agent.core.addresses import Address, Prefix, family
@@ -32,6 +33,8 @@ from agent.dataplane.render import (
     bucket_rules,
     chain_rules,
     fixed_chains,
+    holder_names,
+    isolated_directions,
     restore_text,
     table,
 )
@@ -66,9 +69,12 @@ class SwapSets:
 
 @dataclass(frozen=True)
 class ForgetConnections:
-    """Conntrack entries of addresses that a pod gave up (semantics.md line 46)."""
+    """Conntrack entries of addresses that changed hands (semantics.md line 46).
+
+    `unanswered` are only those of somebody who sends to the address and was never answered."""
 
     addresses: tuple[Address, ...]
+    unanswered: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,10 +137,19 @@ Operation = (
 )
 
 
-def plan(node: Node, journal: Journal, applied: Applied, options: Options, *, everything: bool) -> list[Operation]:
+def plan(
+    node: Node,
+    journal: Journal,
+    applied: Applied,
+    options: Options,
+    *,
+    everything: bool,
+    known: Set[Address] | None = None,
+) -> list[Operation]:
     """The operations from `applied` to what `node` desires, in order; [] when they agree.
 
-    Only what the journal names is compared, or `everything` after a restart, a refusal, or to find drift."""
+    Only what the journal names is compared, or `everything` after a restart, a refusal, or to find drift. `known` are
+    the addresses that pods of this node had at the last sync, None when that is not known."""
     sets = _SetChanges(applied)
     touched = dict.fromkeys({*node.sets.active, *applied.sets}) if everything else journal.sets
     for name in sorted(touched):
@@ -150,12 +165,17 @@ def plan(node: Node, journal: Journal, applied: Applied, options: Options, *, ev
         transaction = _transaction(desired, held, version)
         if transaction.writes:
             transactions.append(transaction)
+    isolated: set[Address] = set()
+    if everything or journal.dispatch or released:
+        isolated = {address for table in node.dispatch.values() for address in table}
     return [
         *sets.creates,
         *_of(sets.adds, SetKind.NET, SetKind.IP),
         *_of(sets.adds, SetKind.IP_PORT),
-        *([ForgetConnections(tuple(sorted(released)))] if released else []),
+        *_forgetting(released),
         *transactions,
+        *_forgetting(released & isolated),
+        *_forgetting(isolated - known - released if known is not None else (), unanswered=True),
         *([AwaitPackets()] if _moves_within_a_chain(node, sets.adds, sets.deletes) else []),
         *_of(sets.deletes, SetKind.IP_PORT),
         *_of(sets.deletes, SetKind.IP, SetKind.NET),
@@ -163,10 +183,16 @@ def plan(node: Node, journal: Journal, applied: Applied, options: Options, *, ev
     ]
 
 
+def _forgetting(addresses: Iterable[Address], *, unanswered: bool = False) -> Iterator[ForgetConnections]:
+    wanted = tuple(sorted(addresses))
+    if wanted:
+        yield ForgetConnections(wanted, unanswered)
+
+
 def _handed_over(node: Node, held: AppliedTable) -> Iterator[Address]:
     """Addresses that the kernel dispatches for pods which do not hold them now: released while we were away."""
     for address, pods in dispatched(held).items():
-        holders = {holder.key for holder in node.cluster.holders(address)}
+        holders = set(holder_names(node, address).split())
         *names, last = pods.split() or [""]
         cut = len(pods) >= COMMENT_BYTES - 1  # one less where it was cut behind a blank
         if not holders.issuperset(names) or not any(h == last or (cut and h.startswith(last)) for h in holders):
@@ -285,16 +311,20 @@ def _touched_chains(node: Node, journal: Journal, version: int, options: Options
             chain = node.chains.get((version, name))
             chains[name] = chain_rules(chain) if chain else None
     for direction in DIRECTIONS:
-        numbers = {bucket_of(a) for d, a in journal.dispatch if d == direction and family(a) == version}
+        # Who holds an address is in the comment, so it is written again when another pod of the same name does.
+        renamed = {(direction, address) for address in journal.released if address in node.dispatch[direction]}
+        changed = journal.dispatch | renamed
+        numbers = {bucket_of(a) for d, a in changed if d == direction and family(a) == version}
         for number in sorted(numbers):
             entries = (
-                (address, dispatch)
+                (address, dispatch._replace(pods=holder_names(node, address)))
                 for address, dispatch in node.dispatch[direction].items()
                 if family(address) == version and bucket_of(address) == number
             )
             chains[bucket_name(direction, number)] = bucket_rules(direction, entries)
     if journal.dispatch:
-        chains.update(fixed_chains(version, isolates=node.isolates, options=options))
+        directions = isolated_directions(node, version)
+        chains.update(fixed_chains(version, isolates=node.isolates, directions=directions, options=options))
     return chains
 
 

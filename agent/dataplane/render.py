@@ -6,7 +6,7 @@ The shape of the chains, and why, is in docs/adr/0002-dataplane.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from socket import AF_INET, AF_INET6, inet_ntop
 from typing import NamedTuple
 
@@ -53,9 +53,14 @@ def is_ours(chain: str) -> bool:
     return chain.startswith("NPA-")
 
 
-def fixed_chains(version: int, *, isolates: bool, options: Options) -> dict[str, list[str]]:
-    """The chains that every node has, without the buckets: name → rules."""
-    chains = {ROOT: list(_root_rules(version, isolates=isolates, options=options))}
+def fixed_chains(
+    version: int, *, isolates: bool, directions: Collection[str], options: Options
+) -> dict[str, list[str]]:
+    """The chains that every node has, without the buckets: name → rules.
+
+    `isolates` tells whether any pod of the node is isolated, `directions` in which ones an address of this family is:
+    a new connection costs nothing in the other."""
+    chains = {ROOT: list(_root_rules(version, isolates=isolates, directions=directions, options=options))}
     for direction, name in BRANCH.items():
         side = "-s" if direction == EGRESS else "-d"
         chains[name] = [
@@ -68,7 +73,12 @@ def _low_bits(version: int, number: int) -> str:
     return f"0.0.0.{number}/0.0.0.15" if version == V4 else f"::{number:x}/::f"
 
 
-def _root_rules(version: int, *, isolates: bool, options: Options) -> Iterator[str]:
+def isolated_directions(node: Node, version: int) -> set[str]:
+    """The directions in which an address of the family is isolated on the node."""
+    return {d for d in DIRECTIONS if any(family(address) == version for address in node.dispatch[d])}
+
+
+def _root_rules(version: int, *, isolates: bool, directions: Collection[str], options: Options) -> Iterator[str]:
     yield "-m conntrack --ctstate ESTABLISHED -j RETURN"
     icmp = "icmp" if version == V4 else "ipv6-icmp"
     yield f"-p {icmp} -m conntrack --ctstate RELATED -j RETURN"
@@ -78,7 +88,8 @@ def _root_rules(version: int, *, isolates: bool, options: Options) -> Iterator[s
     if isolates:
         yield from _bridged_rules(version, options)
     for direction in (EGRESS, INGRESS):
-        yield f"-j {BRANCH[direction]}"
+        if direction in directions:
+            yield f"-j {BRANCH[direction]}"
 
 
 def _bridged_rules(version: int, options: Options) -> Iterator[str]:
@@ -89,9 +100,20 @@ def _bridged_rules(version: int, options: Options) -> Iterator[str]:
     if options.multicast:
         return
     if version == V4:
-        yield f"{bridged} -m pkttype ! --pkt-type unicast -j DROP"
+        yield f"-m pkttype ! --pkt-type unicast {bridged} -j DROP"
     else:
         yield f"-d ff00::/8 {bridged} -j DROP"
+
+
+def holder_names(node: Node, address: Address) -> str:
+    """Who holds an address: NAMESPACE/NAME/UID, of the uid its beginning.
+
+    It stands in the dispatch's comment, so that an agent that starts again sees whether the address has changed hands
+    meanwhile. A pod that was made anew under its old name is another (semantics.md line 46)."""
+    holders = sorted(
+        (holder.key, re.sub("[^A-Za-z0-9]", "_", holder.uid[:8])) for holder in node.cluster.holders(address)
+    )
+    return " ".join(f"{key}/{uid}" if uid else key for key, uid in holders)
 
 
 def bucket_rules(direction: str, entries: Iterable[tuple[Address, Dispatch]]) -> list[str]:
@@ -144,12 +166,14 @@ def _comment(text: str) -> str:
 
 def table(node: Node, version: int, options: Options) -> dict[str, list[str]]:
     """All our chains of one family: name → rules."""
-    chains = fixed_chains(version, isolates=node.isolates, options=options)
+    directions = isolated_directions(node, version)
+    chains = fixed_chains(version, isolates=node.isolates, directions=directions, options=options)
     for direction in DIRECTIONS:
         buckets: dict[int, list[tuple[Address, Dispatch]]] = {n: [] for n in range(BUCKETS)}
         for address, dispatch in node.dispatch[direction].items():
             if family(address) == version:
-                buckets[bucket_of(address)].append((address, dispatch))
+                named = dispatch._replace(pods=holder_names(node, address))
+                buckets[bucket_of(address)].append((address, named))
         for number, entries in buckets.items():
             chains[bucket_name(direction, number)] = bucket_rules(direction, entries)
     for (chain_family, name), chain in sorted(node.chains.items()):
