@@ -14,7 +14,8 @@ from tests.bench.suite import GROWTH, Benchmark, Result, Row, duration, mebibyte
 INTRODUCTION = """\
 Every figure is from one run on this machine. Each benchmark is a process of its own in namespaces of its own, measured
 from the bytes of objects as the API server sends them (pods of 4.8 kB) until the kernel holds the result. All pods have
-an IPv4 and an IPv6 address. `python -m tests.bench --only NAME` repeats a row."""
+an IPv4 and an IPv6 address. The benchmarks run at nice -10, since others use this machine too.
+`python -m tests.bench --only NAME` repeats a row."""
 PACKETS = """\
 Four nodes stand side by side, each with a client and a server behind it: one without an agent, and three with 0, 10 and
 1,000 policies in the cluster and 250 local pods, each of its own class. All four have the rules that kube-proxy writes
@@ -112,7 +113,7 @@ def _reasons(missed: Sequence[tuple[str, str, str]]) -> list[str]:
     lines = ["## Aims missed", ""]
     for reason in dict.fromkeys(reason for _, reason, _ in missed):
         works = "; ".join(work for _, why, work in missed if why == reason)
-        lines += [f"- {works}: {reason or 'not yet known'}."]
+        lines += [f"- {works}: {reason or 'no reason is known; to be measured again on a quiet machine'}."]
     return [*lines, ""]
 
 
