@@ -1,6 +1,6 @@
 """Connections of addresses that changed hands, taken out of the kernel's connection table.
 
-Raw netlink: one dump per family whatever the number of addresses, entries are matched by their bytes before anything
+Raw netlink: one dump per family whatever the number of addresses, messages are searched for their bytes before anything
 is decoded, and an entry is deleted by the very tuple that the kernel sent. (pyroute2 decodes every entry, 100 µs each;
 the kernel's own filter for the reply direction is broken before 6.10.)
 """
@@ -21,17 +21,21 @@ CTNETLINK = 1 << 8
 GET, DELETE = CTNETLINK | 1, CTNETLINK | 2
 REQUEST, ACK, DUMP = 1, 4, 0x300
 NLMSG_ERROR, NLMSG_DONE = 2, 3
-CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_ZONE = 1, 2, 18
+CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_STATUS, CTA_ZONE = 1, 2, 3, 18
+IPS_SEEN_REPLY = 2
 CTA_TUPLE_IP = 1
 SOURCE = {4: 1, 6: 3}
 """CTA_IP_V4_SRC and CTA_IP_V6_SRC."""
 _MASK = 0x3FFF
+_END = struct.pack("=IH", 20, NLMSG_DONE)
+"""How the last message of a dump begins; it has 20 bytes."""
 
 
-def forget(addresses: Iterable[Address]) -> int:
+def forget(addresses: Iterable[Address], *, unanswered: bool = False) -> int:
     """Delete each entry whose original or reply source is one of the addresses; answers how many.
 
-    The reply's source is the pod behind a Service, too. Raises KernelError."""
+    The reply's source is the pod behind a Service, too. `unanswered` spares all but those that somebody sends to an
+    address and that were never answered. Raises KernelError."""
     wanted = set(addresses)
     deleted = 0
     try:
@@ -40,18 +44,20 @@ def forget(addresses: Iterable[Address]) -> int:
             netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
             for version in sorted({family(address) for address in wanted}):
                 own = {address for address in wanted if family(address) == version}
-                for entry in list(_entries(netlink, version, own)):
+                for entry in list(_entries(netlink, version, own, unanswered)):
                     deleted += _delete(netlink, version, entry)
     except OSError as error:
         raise refused("conntrack", error.strerror or str(error)) from error
     return deleted
 
 
-def _entries(netlink: socket.socket, version: int, wanted: set[Address]) -> Iterator[bytes]:
+def _entries(netlink: socket.socket, version: int, wanted: set[Address], unanswered: bool) -> Iterator[bytes]:
     """The attributes that name each entry of these addresses: its original tuple, and its zone where it has one."""
     netlink.send(_message(GET, REQUEST | DUMP, version, b""))
     while True:
         data = netlink.recv(1 << 18)
+        if data[-20:-14] != _END and data[4] != NLMSG_ERROR and not any(address in data for address in wanted):
+            continue  # mostly: nothing in it is looked at
         offset = 0
         while offset < len(data):
             length, kind = struct.unpack_from("=IH", data, offset)
@@ -60,17 +66,23 @@ def _entries(netlink: socket.socket, version: int, wanted: set[Address]) -> Iter
                 return
             if kind == NLMSG_ERROR:
                 code = -struct.unpack_from("=i", data, offset + 16)[0]
-                raise OSError(code, f"{os.strerror(code)} (reading the connection table)")
-            if any(address in body for address in wanted):
+                raise OSError(code, "reading the connection table")
+            if any(address in body for address in wanted) and _is_wanted(body, version, wanted, unanswered):
                 attributes = dict(_attributes(body))
-                sources = {
-                    dict(_attributes(dict(_attributes(attributes[key])).get(CTA_TUPLE_IP, b""))).get(SOURCE[version])
-                    for key in (CTA_TUPLE_ORIG, CTA_TUPLE_REPLY)
-                    if key in attributes
-                }
-                if sources & wanted:
-                    yield b"".join(_attribute(k, attributes[k]) for k in (CTA_TUPLE_ORIG, CTA_ZONE) if k in attributes)
+                yield b"".join(_attribute(k, attributes[k]) for k in (CTA_TUPLE_ORIG, CTA_ZONE) if k in attributes)
             offset += (length + 3) & ~3
+
+
+def _is_wanted(entry: bytes, version: int, wanted: set[Address], unanswered: bool) -> bool:
+    attributes = dict(_attributes(entry))
+    if unanswered and int.from_bytes(attributes.get(CTA_STATUS, b""), "big") & IPS_SEEN_REPLY:
+        return False
+    tuples = (CTA_TUPLE_REPLY,) if unanswered else (CTA_TUPLE_ORIG, CTA_TUPLE_REPLY)
+    return any(
+        dict(_attributes(dict(_attributes(attributes[key])).get(CTA_TUPLE_IP, b""))).get(SOURCE[version]) in wanted
+        for key in tuples
+        if key in attributes
+    )
 
 
 def _delete(netlink: socket.socket, version: int, entry: bytes) -> int:

@@ -96,6 +96,7 @@ class Dataplane:
         self._ipset = Ipset()
         self._mirror: Applied | None = None
         self._released: set[Address] = set()  # by a sync that the kernel refused: still to be forgotten
+        self._known: frozenset[Address] | None = None  # addresses of the node's pods at the last sync
         self._busy: set[str] = set()  # sets to destroy that a rule still used when it was tried
 
     def close(self) -> None:
@@ -121,14 +122,14 @@ class Dataplane:
                     mirror = self._mirror or self.read()
                 self._mirror = None
                 with report.stage("plan"):
-                    operations = plan(node, journal, mirror, self.options, everything=everything)
+                    operations = plan(node, journal, mirror, self.options, everything=everything, known=self._known)
                 self._execute(operations, mirror, report)
             except KernelError:
                 if attempt + 1 == ATTEMPTS:
                     raise
                 continue
             self._mirror = mirror
-            self._released = set()
+            self._released, self._known = set(), frozenset(node.cluster.judged)
             break
         return report
 
@@ -209,7 +210,9 @@ class Dataplane:
                     raise answer
             return
         if isinstance(first, ForgetConnections):
-            report.connections_forgotten += conntrack.forget(first.addresses)
+            for operation in batch:
+                assert isinstance(operation, ForgetConnections)
+                report.connections_forgotten += conntrack.forget(operation.addresses, unanswered=operation.unanswered)
             return
         if isinstance(first, AwaitPackets):
             grace.wait()

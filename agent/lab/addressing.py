@@ -132,7 +132,7 @@ def local_pod_lines(spec: FabricSpec, pod: PodSpec, index: int, file: str) -> li
         lines += [
             f"route add {address}/{_HOST[version]} dev {port}{_source(node.addresses, version)}",
             # Permanent neighbours do not count towards the kernel's one limit for all namespaces.
-            f"neigh add {address} lladdr {pod_mac(index)} dev {port} nud permanent",
+            f"neigh replace {address} lladdr {pod_mac(index)} dev {port} nud permanent",
         ]
     return lines
 

@@ -83,7 +83,7 @@ def test_local_pod(backend: str, kernel: Kernel) -> None:
         agent.sync()
         started = [*cluster(), pod("db-2", 1, 6, {"http": 8080}, app="db")]
         report, written = changed(kernel, agent, started)
-        assert (report.transactions, report.chains_written, report.chains_removed) == (2, 6, 2)
+        assert (report.transactions, report.chains_written, report.chains_removed) == (2, 2, 0)
         assert written == {"4 NPA-IB-6", "6 NPA-IB-6"}
         assert report.members_added == 2, "a named port"
 
