@@ -19,10 +19,12 @@ from agent.lab.spec import FabricSpec, family, first, plain
 
 @dataclass(frozen=True)
 class Expected:
-    """Whether a connection passes; None where it depends on the endpoint that a Service picks. `why` is one clause."""
+    """Whether a connection passes; None where it depends on the endpoint that a Service picks: `ways` says which of
+    their addresses are reached. `why` is one clause."""
 
     reaches: bool | None
     why: str
+    ways: tuple[tuple[str, bool], ...] = ()
 
 
 End = tuple[str, int]
@@ -53,7 +55,8 @@ class Expectation:
             return Expected(False, "the Service has no endpoint")
         ways = [self._way(source, asked, end, via, protocol) for end in own]
         if len({one.reaches for one in ways}) > 1:
-            return Expected(None, "depends on the endpoint that is picked")
+            by_endpoint = tuple((end[0], one.reaches is True) for end, one in zip(own, ways))
+            return Expected(None, "depends on the endpoint that is picked", by_endpoint)
         return ways[0]
 
     def _translated(self, destination: str, protocol: str, port: int) -> tuple[tuple[End, ...], str | None] | None:

@@ -91,7 +91,15 @@ def ask(fabric: Fabric, expectation: Expectation, asked: Sequence[Question]) -> 
     """Send the packets, all at once. A difference is asked again, more patiently, before it is believed."""
     expected = [expectation.expect(q.source_address, q.address, q.protocol, q.port) for q in asked]
     outcomes = probe(fabric, [_probe(q, e) for q, e in zip(asked, expected)], patience=PATIENCE)
-    return [_answer(q, e, o) for q, e, o in zip(asked, expected, outcomes)]
+    return [_answer(q, e, o, _differs(fabric, e, o)) for q, e, o in zip(asked, expected, outcomes)]
+
+
+def _differs(fabric: Fabric, expected: Expected, outcome: Outcome) -> bool:
+    """Whether packets and policies disagree; where a Service picks, on the endpoint that answered."""
+    if expected.reaches is not None:
+        return expected.reaches != outcome.reached
+    picked = [reached for address, reached in expected.ways if fabric.owner(address) == outcome.who]
+    return outcome.reached and bool(picked) and not any(picked)
 
 
 def _probe(question: Question, expected: Expected) -> Probe:
@@ -106,8 +114,7 @@ def _probe(question: Question, expected: Expected) -> Probe:
     )
 
 
-def _answer(question: Question, expected: Expected, outcome: Outcome) -> Answer:
-    mismatch = expected.reaches is not None and expected.reaches != outcome.reached
+def _answer(question: Question, expected: Expected, outcome: Outcome, mismatch: bool) -> Answer:
     return Answer(
         source=question.source,
         destination=question.destination,

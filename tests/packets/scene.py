@@ -63,7 +63,7 @@ class Scene:
     def __init__(self, backend: str, mode: Mode) -> None:
         self.backend, self.mode = backend, mode
         self.wrong: list[str] = []
-        self._specs: tuple[ServiceSpec, ...] = ()
+        self.specs: tuple[ServiceSpec, ...] = ()
         self._player = Player(PODS, backend, mode)
         self.enforce()
 
@@ -78,12 +78,12 @@ class Scene:
 
     def enforce(self, *policies: Object) -> None:
         """These policies and no others."""
-        _, self._stage = self._player.enforce([namespace("x"), *map(_pod, PODS), *policies])
+        _, self.stage = self._player.enforce([namespace("x"), *map(_pod, PODS), *policies])
 
     def services(self, *specs: ServiceSpec) -> None:
         """These Services and no others."""
-        self._specs = specs
-        self.lab.load_services(replace(self._stage, services=specs))
+        self.specs = specs
+        self.lab.load_services(replace(self.stage, services=specs))
 
     def check(self, *wanted: Want, timeout: float = 0.4, judged: bool = True) -> None:
         """Send packets in each family, and compare with what is wanted; the judge has to agree, unless told not to."""
@@ -96,7 +96,7 @@ class Scene:
         self.wrong += [f"{step}: {line}" for line in check(self.lab, asks, timeout)]
         if not judged:
             return
-        judge = self.lab.expectation(replace(self._stage, services=self._specs))
+        judge = self.lab.expectation(replace(self.stage, services=self.specs))
         for ask in asks:
             own = next(one for one in self.addresses(ask.source) if family(one) == family(ask.address))
             says = judge.expect(own, ask.address, ask.protocol, ask.port)
@@ -107,7 +107,7 @@ class Scene:
         """Of a key both families, of a Service its cluster's; an address is itself."""
         if end in PODS:
             return list(PODS[end][1])
-        service = next((spec for spec in self._specs if spec.name == end), None)
+        service = next((spec for spec in self.specs if spec.name == end), None)
         if service is not None:
             return list(service.cluster_ips)
         return [address for key, address in self.fabric.spec.held() if key == end] or [end]
