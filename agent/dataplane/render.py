@@ -93,14 +93,20 @@ def _root_rules(version: int, *, isolates: bool, directions: Collection[str], op
 
 
 def _bridged_rules(version: int, options: Options) -> Iterator[str]:
-    """An isolated pod on a bridge is reached neither on a link-local address nor by broadcast or multicast."""
+    """An isolated pod on a bridge is reached neither on a link-local address nor by broadcast or multicast.
+
+    Nor does it reach anybody from its link-local address, by which it is not dispatched. A packet to everybody can
+    come in a frame to one, from a pod that makes its own frames: hence addresses beside the packet type."""
     bridged = "-m physdev --physdev-is-bridged"
     if version != V4:
         yield f"-d fe80::/10 {bridged} -j DROP"
+        yield f"-s fe80::/10 ! -d ff00::/8 {bridged} -j DROP"
     if options.multicast:
         return
     if version == V4:
         yield f"-m pkttype ! --pkt-type unicast {bridged} -j DROP"
+        yield f"-d 224.0.0.0/4 {bridged} -j DROP"
+        yield f"-d 255.255.255.255 {bridged} -j DROP"
     else:
         yield f"-d ff00::/8 {bridged} -j DROP"
 
