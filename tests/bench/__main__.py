@@ -56,7 +56,7 @@ def _one(function: str, arguments: str) -> Result:
     user = [] if os.geteuid() == 0 else ["--map-root-user"]
     enclosure = ["unshare", *user, "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     command = [*enclosure, sys.executable, "-m", "tests.bench.worker", function, arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=_die_with_us)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, preexec_fn=_die_with_us)
     try:
         output = process.communicate()[0]
     finally:

@@ -191,7 +191,7 @@ _AIMS = {
     "stream": (
         "throughput of an open connection",
         0.99,
-        "every packet passes one rule more (ESTABLISHED, first in our chain), some 50 ns of the 10 µs of a packet of 64 KiB",
+        "every packet passes one rule more (ESTABLISHED, first in our chain), some 50 ns of the 10 µs of 64 KiB",
     ),
 }
 

@@ -34,8 +34,9 @@ def main() -> None:
         sys.exit("this is not a namespace of the benchmarks' own: run python -m tests.bench")
     mount("tmpfs", "/run", "tmpfs")
     os.environ["XTABLES_LOCKFILE"] = "/run/xtables.lock"
-    with suppress(PermissionError):
+    with suppress(OSError):  # ahead of others on this machine, as a process and as a session
         os.nice(-10)
+        Path("/proc/self/autogroup").write_text("-10")
     profile = os.environ.get("BENCH_PROFILE")
     if profile:
         import cProfile
