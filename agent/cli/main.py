@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import click
@@ -10,15 +9,10 @@ import click
 from agent import __version__
 from agent.cli.apply import apply
 from agent.cli.clean import clean
+from agent.cli.exits import exit_code
 from agent.cli.lab import lab
 from agent.cli.render import render
 from agent.cli.status import status
-from agent.core.findings import BadInput
-from agent.dataplane.errors import KernelError
-from agent.lab.enclosure import LabUnavailable
-
-DONE, FINDINGS, BAD_INPUT, COULD_NOT = 0, 1, 2, 3
-"""Exit codes; a verb that answers with FINDINGS says for what."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -43,21 +37,4 @@ for command in (apply, render, status, clean, lab):
 
 def main() -> None:
     """The entry point: runs a verb, and turns what it raises into one error and an exit code."""
-    try:
-        code = cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        code = 130
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except BadInput as error:
-        for finding in dict.fromkeys(error.findings):
-            click.secho(f"error: {finding}", err=True, fg="red")
-        code = BAD_INPUT
-    except (KernelError, LabUnavailable) as error:
-        click.secho(f"error: {error}", err=True, fg="red")
-        code = COULD_NOT
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = DONE
-    sys.exit(code or DONE)
+    sys.exit(exit_code(lambda: cli.main(standalone_mode=False)))
