@@ -18,6 +18,7 @@ GATEWAY_MAC = "ee:ee:ee:ee:ee:ee"
 # The outside host answers for all that nobody has (and drops it), so nodes can have a default route.
 _DEFAULT_HOP = {4: "169.254.128.1", 6: "fe80::ff"}
 _LINK = {4: 24, 6: 64}
+_NEIGHBOURS = 200
 _HOST = {4: 32, 6: 128}
 
 
@@ -179,6 +180,26 @@ def pod_routes(spec: FabricSpec, pod: PodSpec) -> frozenset[str]:
             home = prefix if prefix in own else mine[0]
             routes.add(f"{address}/{_HOST[prefix.version]} via {bridge_gateway(spec, home)} dev eth0 onlink")
     return frozenset(routes)
+
+
+def is_crowded(spec: FabricSpec) -> bool:
+    """Whether bridged neighbours would be more than the kernel keeps: by default 1,024 for all namespaces together,
+    permanent ones not counted."""
+    if spec.mode != "bridged":
+        return False
+    return sum(len(list(local_pods(spec, node.name))) ** 2 for node in spec.nodes) > _NEIGHBOURS
+
+
+def neighbour_lines(pod: PodSpec, index: int, device: str) -> list[str]:
+    """Bridged: for somebody on the pod's bridge, to know it without asking."""
+    mac = pod_mac(index)
+    return [f"neigh replace {address} lladdr {mac} dev {device} nud permanent" for address in pod.addresses]
+
+
+def gateway_lines(spec: FabricSpec, pod: PodSpec) -> list[str]:
+    """Bridged: for the pod, to know its bridge without asking."""
+    gateways_ = [bridge_gateway(spec, prefix) for prefix in prefixes([pod])]
+    return [f"neigh replace {gateway} lladdr {GATEWAY_MAC} dev eth0 nud permanent" for gateway in gateways_]
 
 
 Prefix = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -181,6 +181,8 @@ class Fabric:
         lines = addressing.node_lines(self._spec, node)
         for pod in addressing.local_pods(self._spec, node.name):
             lines += self._local_pod_lines(pod)
+            if addressing.is_crowded(self._spec):
+                lines += addressing.neighbour_lines(pod, self._index(pod), "cbr0")
         self._ip(node.key, lines)
 
     def _local_pod_lines(self, pod: PodSpec) -> list[str]:
@@ -188,7 +190,16 @@ class Fabric:
 
     def _pod_lines(self, pod: PodSpec) -> list[str]:
         extra = sorted(addressing.pod_routes(self._spec, pod))
-        return addressing.pod_lines(self._spec, pod) + [f"route add {line}" for line in extra]
+        lines = addressing.pod_lines(self._spec, pod) + [f"route add {line}" for line in extra]
+        if addressing.is_crowded(self._spec):
+            lines += addressing.gateway_lines(self._spec, pod)
+            for other in self._beside(pod):
+                lines += addressing.neighbour_lines(other, self._index(other), "eth0")
+        return lines
+
+    def _beside(self, pod: PodSpec) -> list[PodSpec]:
+        """The other pods of its node."""
+        return [other for other in addressing.local_pods(self._spec, pod.node) if other.key != pod.key]
 
     def _adapt(self, before: FabricSpec) -> None:
         """Bridged: pods that were there get the routes that a change of pods asks for."""
@@ -203,10 +214,11 @@ class Fabric:
 
     def _announce(self, pod: PodSpec) -> None:
         """Nobody on the bridge keeps the hardware address of who had these addresses before: CNI plugins announce a
-        pod, here they forget."""
-        lines = [f"neigh flush to {address}" for address in pod.addresses]
-        for key in [node_key(pod.node), *(p.key for p in addressing.local_pods(self._spec, pod.node) if p != pod)]:
-            self._ip(key, lines)
+        pod, here the others forget, or are told."""
+        forget = [f"neigh flush to {address}" for address in pod.addresses]
+        crowded = addressing.is_crowded(self._spec)
+        for key, device in [(node_key(pod.node), "cbr0"), *((other.key, "eth0") for other in self._beside(pod))]:
+            self._ip(key, addressing.neighbour_lines(pod, self._index(pod), device) if crowded else forget)
 
     def _check_bridge(self, pod: PodSpec) -> None:
         if self._spec.mode == "routed" or pod.host_network:

@@ -34,9 +34,10 @@ def test_everyone_reaches_everyone(mode: Mode, version: int, protocol: str) -> N
 def test_who_answers_at_a_nodes_address(mode: Mode, version: int) -> None:
     def body(fabric: Fabric) -> None:
         node = address(fabric, "node:n2", version)
-        asked = [Probe("x/a", node, "TCP", 10250), Probe("x/a", node, "TCP", 9100), Probe("x/a", node, "SCTP", 9100)]
+        ports = (("TCP", 10250), ("TCP", 9100), ("SCTP", 9100))
+        asked = [Probe("x/a", node, protocol, port, True) for protocol, port in ports]
         assert [outcome.who for outcome in probe(fabric, asked)] == ["node:n2", "x/h", "x/h"]
-        to_a = probe(fabric, [Probe("x/h", address(fabric, "x/a", version), "TCP", 80)])[0]
+        to_a = probe(fabric, [Probe("x/h", address(fabric, "x/a", version), "TCP", 80, True)])[0]
         assert to_a.who == "x/a"
 
     in_lab(mode, body)
@@ -46,7 +47,7 @@ def test_who_answers_at_a_nodes_address(mode: Mode, version: int) -> None:
 @pytest.mark.parametrize("version", (4, 6))
 def test_a_closed_port_is_refused_not_silent(version: int, protocol: str) -> None:
     def body(fabric: Fabric) -> None:
-        (outcome,) = probe(fabric, [Probe("x/a", address(fabric, "x/c", version), protocol, 4444)])
+        (outcome,) = probe(fabric, [Probe("x/a", address(fabric, "x/c", version), protocol, 4444, True)])
         assert (outcome.reached, outcome.who, outcome.detail) == (True, None, "refused")
 
     in_lab("routed", body)
@@ -62,10 +63,10 @@ def test_second_address_of_the_source(version: int, protocol: str) -> None:
         with fabric.inside("node:n1"):
             subprocess.run([tool, "-A", "FORWARD", "-s", second, "-j", "DROP"], check=True)
         to = address(fabric, "x/a", version)
-        asked = [Probe("outside", to, protocol, 80), Probe("outside", to, protocol, 80, source_address=second)]
+        asked = [Probe("outside", to, protocol, 80, True), Probe("outside", to, protocol, 80, source_address=second)]
         assert [outcome.reached for outcome in probe(fabric, asked, timeout=0.2)] == [True, False]
         # And back: a server of several addresses answers from the one that was asked.
-        (outcome,) = probe(fabric, [Probe("x/c", second, protocol, 80)])
+        (outcome,) = probe(fabric, [Probe("x/c", second, protocol, 80, True)])
         assert outcome.who == "outside"
 
     in_lab("routed", body)
@@ -101,7 +102,7 @@ def test_a_reject_on_the_way_is_told_from_a_closed_port(mode: Mode) -> None:
         victim = address(fabric, "x/c", 4)
         with fabric.inside("node:n1"):
             subprocess.run(["iptables-nft", "-A", "FORWARD", "-d", victim, "-j", "REJECT"], check=True)
-        for outcome in probe(fabric, [Probe("x/a", victim, protocol, 80) for protocol in PROTOCOLS]):
+        for outcome in probe(fabric, [Probe("x/a", victim, protocol, 80, True) for protocol in PROTOCOLS]):
             assert not outcome.reached
             assert outcome.detail.startswith("rejected by ")
 
@@ -175,14 +176,20 @@ def test_what_cannot_be_built_is_said() -> None:
         build(spec)
 
 
-def test_a_hundred_pods() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_hundred_pods(mode: Mode) -> None:
+    """Bridged, they have more neighbours than the kernel keeps for all namespaces together."""
+
     def work() -> int:
         pods = tuple(pod(f"p{number}", f"n{number % 2 + 1}", number + 10) for number in range(100))
-        fabric = build(replace(small("routed"), pods=pods))
-        with Servers(fabric):
-            keys = [one.key for one in pods[:30]]
+        fabric = build(replace(small(mode), pods=pods))
+        with Servers(fabric) as servers:
+            new = replace(pods[0], name="new", addresses=("10.244.1.200", "fd00:244:0:1::200"))
+            fabric.add_pod(new)
+            servers.add(new.key, new.listen)
+            keys = [new.key, *(one.key for one in pods[:60])]
             pairs = [(src, dst) for src in keys for dst in keys]
-            asked = [Probe(src, address(fabric, dst, 4), "TCP", 80, True) for src, dst in pairs]
+            asked = [Probe(src, address(fabric, dst, 6), "TCP", 80, True) for src, dst in pairs]
             assert [outcome.who for outcome in probe(fabric, asked)] == [dst for _, dst in pairs]
         return 0
 

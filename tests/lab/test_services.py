@@ -67,8 +67,9 @@ class TestTranslated:
     def test_without_endpoints_it_rejects(self, mode: Mode, version: int, backend: services.Backend) -> None:
         def body(fabric: Fabric) -> None:
             services.load(fabric, [service(fabric)], backend)
-            asked = [Probe(src, CLUSTER_IP[version], protocol, 8080) for src in ("x/a", "x/h") for protocol in PORTS]
-            asked += [Probe("outside", address(fabric, "node:n1", version), protocol, 30080) for protocol in PORTS]
+            ends = [(src, CLUSTER_IP[version], 8080) for src in ("x/a", "x/h")]
+            ends.append(("outside", address(fabric, "node:n1", version), 30080))
+            asked = [Probe(src, to, protocol, port, True) for src, to, port in ends for protocol in PORTS]
             for outcome in probe(fabric, asked):
                 # On the way; at the node itself; or as an error of the call, on the node that asks.
                 assert outcome.detail.startswith(("rejected by", "refused", "Operation not permitted")), outcome
