@@ -151,9 +151,10 @@ def _plot(path: Path, found: dict[str, list[Result]]) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "netpol-agent", "font.size": 9, "axes.spines.top": False})
     matplotlib.rcParams["axes.spines.right"] = False
     from matplotlib import pyplot
+    from matplotlib.ticker import StrMethodFormatter
 
     figure, axes = pyplot.subplots(2, 2, figsize=(8.5, 5.2), sharey="row", sharex="col", layout="constrained")
-    labels = {"pods": "pods in the cluster (1,000 policies)", "policies": "policies in the cluster (20,000 pods)"}
+    labels = {"pods": "pods in the cluster (100 policies)", "policies": "policies in the cluster (20,000 pods)"}
     for column, (over, series) in enumerate(GROWTH.items()):
         results = [found[f"growth-{over}-{sizes[over]}"][0] for sizes in series]
         across = [sizes[over] for sizes in series]
@@ -162,11 +163,10 @@ def _plot(path: Path, found: dict[str, list[Result]]) -> None:
             (axes[1][column], [r["memory"]["resident"] for r in results], "#b45309"),
         ):
             axis.plot(across, values, marker="o", color=color, linewidth=1.8, markersize=4)
-            axis.set_xscale("log")
+            axis.set_xlim(left=0)
             axis.set_ylim(bottom=0)
             axis.grid(axis="y", alpha=0.3)
-            axis.set_xticks(across, [f"{n:,}" for n in across], rotation=30)
-            axis.minorticks_off()
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes[1][column].set_xlabel(labels[over])
     axes[0][0].set_ylabel("cold start, seconds")
     axes[1][0].set_ylabel("resident memory, MiB")

@@ -230,7 +230,7 @@ LARGE = {"pods": 20_000, "policies": 1_000, "local": 100}
 HUGE = {"pods": 150_000, "policies": 10_000, "local": 250}
 SMALL = {"pods": 2_000, "policies": 100, "local": 50}
 GROWTH = {
-    "pods": [{"pods": n, "policies": 1_000, "local": 100} for n in (1_000, 3_000, 10_000, 30_000, 60_000, 150_000)],
+    "pods": [{"pods": n, "policies": 100, "local": 100} for n in (1_000, 3_000, 10_000, 30_000, 60_000, 150_000)],
     "policies": [{"pods": 20_000, "policies": n, "local": 100} for n in (100, 300, 1_000, 3_000, 10_000)],
 }
 
