@@ -66,7 +66,7 @@ def _entries(netlink: socket.socket, version: int, wanted: set[Address], unanswe
                 return
             if kind == NLMSG_ERROR:
                 code = -struct.unpack_from("=i", data, offset + 16)[0]
-                raise OSError(code, "reading the connection table")
+                raise OSError(code, f"{os.strerror(code)} (reading the connection table)")
             if any(address in body for address in wanted) and _is_wanted(body, version, wanted, unanswered):
                 attributes = dict(_attributes(body))
                 yield b"".join(_attribute(k, attributes[k]) for k in (CTA_TUPLE_ORIG, CTA_ZONE) if k in attributes)

@@ -86,9 +86,19 @@ class Dataplane:
     """Sets and rules of one network namespace. Not for several threads; make it inside the namespace.
 
     Invariant: the mirror is what the kernel holds, or None when that is not known; then it is read before the next
-    plan. Nothing is ever flushed."""
+    plan. Nothing is ever flushed.
 
-    def __init__(self, backend: Backend, *, options: Options = OPTIONS, families: Iterable[int] | None = None) -> None:
+    A set outlives its last rule by `linger` seconds, and goes with the next sync: a program that lists rules asks for
+    the names of their sets afterwards, and fails when one is gone ("Set with index 2 in kernel doesn't exist")."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        options: Options = OPTIONS,
+        families: Iterable[int] | None = None,
+        linger: float = 0.0,
+    ) -> None:
         backend.check()
         self.backend = backend
         self.options = options
@@ -97,7 +107,8 @@ class Dataplane:
         self._mirror: Applied | None = None
         self._released: set[Address] = set()  # by a sync that the kernel refused: still to be forgotten
         self._known: frozenset[Address] | None = None  # addresses of the node's pods at the last sync
-        self._busy: set[str] = set()  # sets to destroy that a rule still used when it was tried
+        self._unused: dict[str, float] = {}  # sets to destroy, and from when on it is tried
+        self._linger = linger
 
     def close(self) -> None:
         self._ipset.close()
@@ -113,7 +124,8 @@ class Dataplane:
         report = Report()
         journal = node.journal()
         self._released |= journal.released
-        journal = journal._replace(sets=dict.fromkeys(self._busy) | journal.sets, released=self._released)
+        self._unused = {name: due for name, due in self._unused.items() if name not in node.sets.active}
+        journal = journal._replace(sets=dict.fromkeys(self._unused) | journal.sets, released=self._released)
         for attempt in range(ATTEMPTS):
             report.attempts = attempt + 1
             everything = self._mirror is None
@@ -148,7 +160,7 @@ class Dataplane:
             self._refuse_strays(applied)
             self._execute(list(removal(applied)), applied, report, backend)
         applied = Applied(self._ipset.read(), {})
-        deadline = perf_counter() + PATIENCE
+        deadline = perf_counter() + self._linger + PATIENCE
         while applied.sets:  # nf_tables lets go of the sets of a removed rule a moment later
             self._execute(list(removal(applied)), applied, report)
             if not applied.sets:
@@ -227,17 +239,19 @@ class Dataplane:
             record(mirror, operation)
 
     def _destroy(self, batch: list[Operation], mirror: Applied, report: Report) -> None:
-        """A set that the kernel still counts as used stays in the mirror, and is tried again at the next sync."""
+        """A set that lingers, or that the kernel still counts as used, stays in the mirror for the next sync to try."""
+        now = perf_counter()
         for operation in batch:
             assert isinstance(operation, DestroySet)
-            self._busy.discard(operation.name)
+            if self._unused.setdefault(operation.name, now + self._linger) > now and not operation.makes_way:
+                continue
             try:
                 self._ipset.write([operation])
             except KernelError as error:
-                if "in use" not in error.reason:
+                if "in use" not in error.reason or operation.makes_way:
                     raise
-                self._busy.add(operation.name)
                 continue
+            del self._unused[operation.name]
             _count(report, operation)
             record(mirror, operation)
 

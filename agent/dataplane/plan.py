@@ -127,9 +127,10 @@ class DeleteMembers:
 
 @dataclass(frozen=True)
 class DestroySet:
-    """A set that no rule uses any more."""
+    """A set that no rule uses any more, or that `makes_way` for another of its name at once."""
 
     name: str
+    makes_way: bool = False
 
 
 Operation = (
@@ -251,12 +252,12 @@ class _SetChanges:
             self._build(name, active)
         elif (held.kind, held.family) != (spec.kind.value, spec.family):
             # Not the set that our rules use, since theirs has this content's type: somebody's of the same name.
-            self.creates.append(DestroySet(name))
+            self.creates.append(DestroySet(name, makes_way=True))
             self._build(name, active)
         elif held.odd or held.maxelem < MAXELEM:
             beside = _BESIDE + name.removeprefix("npa")
             if beside in self._applied.sets:
-                self.creates.append(DestroySet(beside))
+                self.creates.append(DestroySet(beside, makes_way=True))
             self._build(beside, active)
             self.creates.append(SwapSets(beside, name))
             self.destroys[beside] = DestroySet(beside)

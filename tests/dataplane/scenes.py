@@ -22,10 +22,10 @@ NODE = "node-1"
 class Agent:
     """A node's state, and the dataplane that brings the kernel to it; a new one is a restart."""
 
-    def __init__(self, backend: str, objects: Iterable[Object] = ()) -> None:
+    def __init__(self, backend: str, objects: Iterable[Object] = (), linger: float = 0.0) -> None:
         self.objects = list(objects)
         self.node = node_of(self.objects, NODE)
-        self.dataplane = Dataplane(Backend(backend))
+        self.dataplane = Dataplane(Backend(backend), linger=linger)
 
     def __enter__(self) -> Agent:
         return self

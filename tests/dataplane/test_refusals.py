@@ -161,7 +161,7 @@ def test_set_name_taken(backend: str, kernel: Kernel) -> None:
         name = next(n for n in desired(cluster()) if n.startswith("npa4-p") and n not in kernel.sets())
         kernel.ipset("create", name, "hash:net")
         kernel.rules(4, ":THEIRS - [0:0]", f"-A THEIRS -m set --match-set {name} src -j DROP")
-        with pytest.raises(KernelError, match=f"{name}.*already exists.*[Dd]elete the rules that use it"):
+        with pytest.raises(KernelError, match=f"{name}.*in use.*[Dd]elete that rule"):
             agent.change(cluster())
         kernel.rules(4, "-F THEIRS", "-X THEIRS")
         agent.sync()
