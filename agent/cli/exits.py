@@ -20,7 +20,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
     """Do the work; what it raises is told on standard error. Used for the process, and inside each enclosure."""
     try:
         return work() or DONE
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except click.ClickException as error:
         error.show()
