@@ -4,7 +4,7 @@ Invariant: whichever operation the process dies after, no packet is let through 
 is lost that both allow (semantics.md line 44). It rests on this order, and on adds and deletes being separate batches:
 
   create and fill new sets → add to peer sets → add to named-port sets → forget released connections
-  → one transaction per family → forget what the old rules have let in again
+  → one transaction per family → forget what the old rules have let in again → add a pod that starts to others' sets
   → delete from named-port sets → delete from peer sets → destroy sets
 
 A packet does not see all of this at one moment. One that looks into set B before an address is added to it, and into A
@@ -15,13 +15,13 @@ So where an address moves between two sets of one chain, every packet on its way
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agent.core.addresses import Address, Prefix, family
 from agent.core.node import Journal, Node
 from agent.core.peers import ActiveSet
 from agent.core.policy import DIRECTIONS
-from agent.core.rules import Member, SetKind
+from agent.core.rules import Member, NamedPortSet, SetKind
 from agent.dataplane.applied import Applied, AppliedSet, AppliedTable, canonical, canonical_chain, dispatched
 from agent.dataplane.render import (
     COMMENT_BYTES,
@@ -169,19 +169,48 @@ def plan(
     isolated: set[Address] = set()
     if everything or journal.dispatch or released:
         isolated = {address for table in node.dispatch.values() for address in table}
+    started = isolated - known if known is not None else set()
+    adds, late = _before_and_after(node, sets.adds, started)
     return [
         *sets.creates,
-        *_of(sets.adds, SetKind.NET, SetKind.IP),
-        *_of(sets.adds, SetKind.IP_PORT),
+        *_of(adds, SetKind.NET, SetKind.IP),
+        *_of(adds, SetKind.IP_PORT),
         *_forgetting(released),
         *transactions,
         *_forgetting(released & isolated),
-        *_forgetting(isolated - known - released if known is not None else (), unanswered=True),
+        *_forgetting(started - released, unanswered=True),
+        *late,
         *([AwaitPackets()] if _moves_within_a_chain(node, sets.adds, sets.deletes) else []),
         *_of(sets.deletes, SetKind.IP_PORT),
         *_of(sets.deletes, SetKind.IP, SetKind.NET),
         *sets.destroys.values(),
     ]
+
+
+def _before_and_after(
+    node: Node, adds: Iterable[AddMembers], started: Set[Address]
+) -> tuple[list[AddMembers], list[AddMembers]]:
+    """The adds before the transaction, and those after it: what others' policies allow a pod that starts.
+
+    Until then it is not isolated (semantics.md line 45). What its own chains look up has to be there with them."""
+    before, after = [], []
+    for add in adds:
+        spec = node.sets.active[add.name].spec
+        own = isinstance(spec, NamedPortSet) and spec.local
+        late = () if own else tuple(member for member in add.members if _address_of(member) in started)
+        if late:
+            after.append(replace(add, members=late))
+        early = tuple(member for member in add.members if member not in late) if late else add.members
+        if early:
+            before.append(replace(add, members=early))
+    return before, after
+
+
+def _address_of(member: Member) -> Address | None:
+    """The address that a member stands for; a prefix is none."""
+    if isinstance(member, Prefix):
+        return None
+    return member if isinstance(member, bytes) else member[0]
 
 
 def _forgetting(addresses: Iterable[Address], *, unanswered: bool = False) -> Iterator[ForgetConnections]:
@@ -218,9 +247,9 @@ def _by_address(changes: Iterable[AddMembers | DeleteMembers]) -> dict[Address, 
     """The sets that gain or lose each address."""
     found: dict[Address, set[str]] = {}
     for change in changes:
-        for member in change.members:
-            if not isinstance(member, Prefix):
-                found.setdefault(member if isinstance(member, bytes) else member[0], set()).add(change.name)
+        for address in map(_address_of, change.members):
+            if address is not None:
+                found.setdefault(address, set()).add(change.name)
     return found
 
 
