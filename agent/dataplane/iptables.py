@@ -152,7 +152,7 @@ def detect() -> Backend:
             text[name] = "".join(texts)
     for marks in (("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"), ("NPA-FORWARD",), ("KUBE-",)):
         for name in BACKENDS:
-            if any(f":{mark}" in text.get(name, "") for mark in marks):
+            if any(f"\n:{mark}" in text.get(name, "") for mark in marks):
                 return Backend(name)
     counts = {name: text.get(name, "").count("\n-A ") for name in BACKENDS}
     if counts["legacy"] > counts["nft"] or not shutil.which("iptables-nft-restore"):
