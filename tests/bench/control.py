@@ -13,7 +13,7 @@ from contextlib import suppress
 from itertools import islice
 from statistics import median
 from threading import Thread
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import IO, Any
 
 from agent.core.addresses import format_address
@@ -30,6 +30,7 @@ from tests.bench.world import APPLY, LOCAL, REPLICAS, World, policy_bytes, read
 
 Result = dict[str, Any]
 NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
+PAUSE = 0.02
 KINDS = ("namespaces", "pods", "policies")
 
 
@@ -183,7 +184,10 @@ class Live:
         settle()
 
     def timed(self, event: Callable[[], None]) -> tuple[float, Report]:
-        """Seconds from an event's bytes until all of it is done. `in_force` is when the last rules were in."""
+        """Seconds from an event's bytes until all of it is done. `in_force` is when the last rules were in.
+
+        Events come one by one: what the last one left to the kernel is over."""
+        sleep(PAUSE)
         begin = perf_counter()
         event()
         self.node.compile()

@@ -241,8 +241,8 @@ BENCHMARKS = [
     ),
     Benchmark("cold-large", "cold", LARGE, _cold(3, None), times=5, quick={}),
     Benchmark("cold-huge", "cold", HUGE, _cold(20, 250), times=3, quick=SMALL),
-    Benchmark("remote-large", "remote", {**LARGE, "times": 500}, _remote(0.002, 0.02), quick={"times": 300}),
-    Benchmark("remote-huge", "remote", {**HUGE, "times": 500}, _remote(None, 0.05), quick={**SMALL, "times": 300}),
+    Benchmark("remote-large", "remote", {**LARGE, "times": 300}, _remote(0.002, 0.02), quick={"times": 50}),
+    Benchmark("remote-huge", "remote", {**HUGE, "times": 300}, _remote(None, 0.05), quick={**SMALL, "times": 50}),
     *(
         Benchmark(f"local-{b}", "here", {**LARGE, "times": 80, "backend": b}, _here(b), quick={"times": 20})
         for b in BACKENDS
