@@ -183,11 +183,11 @@ class Live:
         self.started = watch.total
         settle()
 
-    def timed(self, event: Callable[[], None]) -> tuple[float, Report]:
+    def timed(self, event: Callable[[], None], pause: float = 0) -> tuple[float, Report]:
         """Seconds from an event's bytes until all of it is done. `in_force` is when the last rules were in.
 
-        Events come one by one: what the last one left to the kernel is over."""
-        sleep(PAUSE)
+        `pause` lets be over what the last event left to the kernel."""
+        sleep(pause)
         begin = perf_counter()
         event()
         self.node.compile()
@@ -196,14 +196,14 @@ class Live:
         self.in_force = (self.commits.last if begin < self.commits.last < end else end) - begin
         return end - begin, report
 
-    def apply_pod(self, data: bytes) -> tuple[float, Report]:
-        return self.timed(lambda: self.node.apply_pod(decode_pod(data)))
+    def apply_pod(self, data: bytes, pause: float = 0) -> tuple[float, Report]:
+        return self.timed(lambda: self.node.apply_pod(decode_pod(data)), pause)
 
-    def delete_pod(self, data: bytes) -> tuple[float, Report]:
-        return self.timed(lambda: self.node.delete_pod(decode_pod(data).key))
+    def delete_pod(self, data: bytes, pause: float = 0) -> tuple[float, Report]:
+        return self.timed(lambda: self.node.delete_pod(decode_pod(data).key), pause)
 
     def apply_policy(self, data: bytes) -> tuple[float, Report]:
-        return self.timed(lambda: self.node.apply_policy(read(data)))
+        return self.timed(lambda: self.node.apply_policy(read(data)), PAUSE)
 
     def in_sync(self) -> bool:
         """Whether the kernel, read anew, is what the node desires."""
@@ -274,7 +274,7 @@ def here(pods: int, policies: int, local: int, times: int, backend: str) -> Resu
             ("moved", live.apply_pod, moved),
             ("stopped", live.delete_pod, moved),
         ):
-            took, report = step(data)
+            took, report = step(data, PAUSE)
             assert report.transactions == 2, f"one transaction for each family, not {report}"
             seconds[name].append(took)
             in_force[name].append(live.in_force)

@@ -241,8 +241,8 @@ BENCHMARKS = [
     ),
     Benchmark("cold-large", "cold", LARGE, _cold(3, None), times=5, quick={}),
     Benchmark("cold-huge", "cold", HUGE, _cold(20, 250), times=3, quick=SMALL),
-    Benchmark("remote-large", "remote", {**LARGE, "times": 300}, _remote(0.002, 0.02), quick={"times": 50}),
-    Benchmark("remote-huge", "remote", {**HUGE, "times": 300}, _remote(None, 0.05), quick={**SMALL, "times": 50}),
+    Benchmark("remote-large", "remote", {**LARGE, "times": 500}, _remote(0.002, 0.02), quick={"times": 100}),
+    Benchmark("remote-huge", "remote", {**HUGE, "times": 500}, _remote(None, 0.05), quick={**SMALL, "times": 100}),
     *(
         Benchmark(f"local-{b}", "here", {**LARGE, "times": 80, "backend": b}, _here(b), quick={"times": 20})
         for b in BACKENDS
@@ -257,7 +257,7 @@ BENCHMARKS = [
             "datapath",
             {"backend": b, "rounds": 120, "services": 20, "egress": egress},
             _datapath(b, egress),
-            quick={"rounds": 10},
+            quick={"rounds": 5},
         )
         for egress in (False, True)
         for b in BACKENDS
@@ -266,7 +266,13 @@ BENCHMARKS = [
     Benchmark("restart", "restart", LARGE, _restart),
     Benchmark("crossover", "crossover", {"times": 40}, _crossover, quick={"times": 15}),
     *(
-        Benchmark(f"growth-{over}-{sizes[over]}", "cold", sizes, _nothing, quick={"pods": min(sizes["pods"], 3_000)})
+        Benchmark(
+            f"growth-{over}-{sizes[over]}",
+            "cold",
+            sizes,
+            _nothing,
+            quick={"pods": min(sizes["pods"], 2_000), "policies": 100},
+        )
         for over, series in GROWTH.items()
         for sizes in series
     ),
