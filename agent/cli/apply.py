@@ -8,10 +8,10 @@ import click
 
 from agent.cli.options import backend_option, chosen_backend, input_options, multicast_option
 from agent.cli.output import Applied, Counts, Writes, output_option, plural, print_json
-from agent.cli.sources import node_state, read_inventory, warn
+from agent.cli.sources import no_such_node, node_state, read_inventory, warn
 from agent.core.findings import Finding
-from agent.core.inventory import Inventory
 from agent.core.node import Node
+from agent.dataplane.applied import dispatched
 from agent.dataplane.dataplane import Dataplane
 from agent.dataplane.environment import problems
 from agent.dataplane.render import Options
@@ -40,10 +40,13 @@ def apply(
     """
     inventory = read_inventory(files, namespace)
     node = node_state(inventory, node_name)
-    findings = [*inventory.findings, *_no_such_node(inventory, node_name)]
+    missing = no_such_node(inventory, node_name)
+    findings = [*inventory.findings, *missing]
     warn(findings)
     dataplane = Dataplane(chosen_backend(backend), options=Options(multicast=allow_multicast))
     try:
+        if missing:
+            _refuse_to_open(dataplane, missing[0])
         begin = perf_counter()
         report = dataplane.sync(node)
         report.add(dataplane.leave_other_backend())
@@ -78,12 +81,14 @@ def apply(
         click.echo("unchanged: 0 kernel writes")
 
 
-def _no_such_node(inventory: Inventory, name: str) -> list[Finding]:
-    nodes = sorted({pod.node for pod in inventory.pods.values() if pod.node})
-    if name in nodes:
-        return []
-    there = f"the nodes with pods are {', '.join(nodes)}" if nodes else "no pod names a node"
-    return [Finding("node-without-pods", f"Node {name}", "", f"no pod of the input is on it; {there}")]
+def _refuse_to_open(dataplane: Dataplane, missing: Finding) -> None:
+    """A name mistyped would take away all that is enforced here. Raises click.UsageError."""
+    isolated = {address for table in dataplane.read().tables.values() for address in dispatched(table)}
+    if isolated:
+        raise click.UsageError(
+            f"{missing.object}: {missing.message}, and {plural(len(isolated), 'address')} of pods are isolated "
+            "here. Give this node's name; if it has no pods any more, run clean first"
+        )
 
 
 def count(node: Node) -> Counts:

@@ -6,7 +6,7 @@ import click
 
 from agent.cli.options import input_options, multicast_option
 from agent.cli.output import Rendered, output_option, print_json
-from agent.cli.sources import node_state, read_inventory, warn
+from agent.cli.sources import no_such_node, node_state, read_inventory, warn
 from agent.core.addresses import V4, V6
 from agent.dataplane.render import Options, ipset_text, iptables_text
 from agent.dataplane.render import render as render_text
@@ -32,7 +32,8 @@ def render(files: tuple[str, ...], namespace: str, node_name: str, allow_multica
     inventory = read_inventory(files, namespace)
     node = node_state(inventory, node_name)
     options = Options(multicast=allow_multicast)
-    warn(inventory.findings)
+    findings = [*inventory.findings, *no_such_node(inventory, node_name)]
+    warn(findings)
     if output == "text":
         click.echo(render_text(node, options), nl=False)
         return
@@ -42,6 +43,6 @@ def render(files: tuple[str, ...], namespace: str, node_name: str, allow_multica
             ipset=ipset_text(node),
             iptables=iptables_text(node, V4, options),
             ip6tables=iptables_text(node, V6, options),
-            findings=tuple(inventory.findings),
+            findings=tuple(findings),
         )
     )

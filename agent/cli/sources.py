@@ -55,6 +55,15 @@ def node_state(inventory: Inventory, name: str | None) -> Node:
     return load(Node(name), inventory.namespaces.values(), inventory.pods.values(), inventory.policies.values())
 
 
+def no_such_node(inventory: Inventory, name: str) -> list[Finding]:
+    """A finding when no pod of the input is on the node, which may be a name mistyped."""
+    nodes = sorted({pod.node for pod in inventory.pods.values() if pod.node})
+    if name in nodes:
+        return []
+    there = f"the nodes with pods are {', '.join(nodes)}" if nodes else "no pod names a node"
+    return [Finding("node-without-pods", f"Node {name}", "", f"no pod of the input is on it; {there}")]
+
+
 def warn(findings: Iterable[Finding]) -> None:
     """Each finding once, on standard error."""
     for finding in dict.fromkeys(findings):

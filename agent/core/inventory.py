@@ -39,7 +39,7 @@ class Inventory:
         self.services: dict[str, Service] = {}
         self.workloads: dict[str, Workload] = {}
         self.findings: list[Finding] = []
-        self._seen: dict[str, str] = {}
+        self._seen: dict[str, tuple[Document, str]] = {}
         self._bad: list[Finding] = []
 
     def read(self, data: bytes, file: str) -> None:
@@ -64,13 +64,13 @@ class Inventory:
     # --- one object --------------------------------------------------------------------------------------------------
 
     def _take(self, document: Document, value: Any, path: str, list_kind: str) -> None:
-        where = document.where(path)
         if not isinstance(value, dict):
-            self._wrong("type-wrong", document.file, path, "must be a Kubernetes object", where)
+            self._wrong("type-wrong", document.file, path, "must be a Kubernetes object", document.where(path))
             return
         kind = value.get("kind") or list_kind
         if not isinstance(kind, str) or not kind:
-            self._wrong("type-wrong", document.file, _join(path, "kind"), "is missing: no Kubernetes object", where)
+            message = "is missing: no Kubernetes object"
+            self._wrong("type-wrong", document.file, _join(path, "kind"), message, document.where(path))
             return
         if kind.endswith("List") and "items" in value:
             self._take_items(document, value["items"], path, kind[: -len("List")])
@@ -81,8 +81,8 @@ class Inventory:
         try:
             key = self._identify(kind, value)
             label = f"{kind} {key}"
-            self._convert(kind, document, value, path, where)
-            self._note_double(label, where)
+            self._convert(kind, document, value, path)
+            self._note_double(label, document, path)
         except msgspec.ValidationError as error:
             message, _, place = str(error).partition(" - at ")
             field = place.strip("`").removeprefix("$").removeprefix(".").replace("[...]", "")
@@ -90,7 +90,7 @@ class Inventory:
                 "type-wrong", label, field, message[:1].lower() + message[1:], document.where(_join(path, field))
             )
         except ValueError as error:
-            self._wrong("type-wrong", label, "", str(error), where)
+            self._wrong("type-wrong", label, "", str(error), document.where(path))
 
     def _take_items(self, document: Document, items: Any, path: str, kind: str) -> None:
         if items is None:
@@ -107,14 +107,14 @@ class Inventory:
         core = value.get("apiVersion") in (None, "v1")
         return kind == "NetworkPolicy" or kind in WORKLOADS or (kind in ("Namespace", "Pod", "Service") and core)
 
-    def _convert(self, kind: str, document: Document, value: Any, path: str, where: str) -> None:
+    def _convert(self, kind: str, document: Document, value: Any, path: str) -> None:
         match kind:
             case "NetworkPolicy":
                 self._policy(document, value, path)
             case "Namespace":
                 self._namespace(value)
             case "Pod":
-                self._pod(value, where)
+                self._pod(value, document, path)
             case "Service":
                 self._service(value)
             case _:
@@ -139,12 +139,12 @@ class Inventory:
             raise msgspec.ValidationError("must be a namespace's name - at `$.metadata.namespace`")
         return f"{namespace}/{name}"
 
-    def _note_double(self, label: str, where: str) -> None:
+    def _note_double(self, label: str, document: Document, path: str) -> None:
         before = self._seen.get(label)
         if before is not None:
-            message = f"stands in {before} too; this one, the last, counts"
-            self.findings.append(Finding("duplicate-object", label, "", message, where))
-        self._seen[label] = where
+            message = f"stands in {before[0].where(before[1])} too; this one, the last, counts"
+            self.findings.append(Finding("duplicate-object", label, "", message, document.where(path)))
+        self._seen[label] = document, path
 
     def _wrong(self, id: str, object: str, field: str, message: str, where: str) -> None:
         self._bad.append(Finding(id, object, field, message, where))
@@ -155,11 +155,12 @@ class Inventory:
         namespace = convert_namespace(value)
         self.namespaces[namespace.name] = namespace
 
-    def _pod(self, value: Any, where: str) -> None:
+    def _pod(self, value: Any, document: Document, path: str) -> None:
         pod = convert_pod(value)
         self.pods[pod.key] = pod
         for text in pod.unreadable:
             message = f"{text!r} is not an address; it is passed over"
+            where = document.where(_join(path, "status"))
             self.findings.append(Finding("address-unreadable", f"Pod {pod.key}", "status.podIPs", message, where))
 
     def _service(self, value: Any) -> None:

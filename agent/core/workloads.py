@@ -49,9 +49,16 @@ def convert_workload(kind: str, value: Mapping[str, Any], namespace: str) -> Wor
             "spec": template.get("spec"),
         }
     )
-    count = spec.get("replicas") if kind not in ("DaemonSet", "Job", "CronJob") else 1
-    replicas = msgspec.convert(1 if count is None else count, int)
-    return Workload(kind, namespace, name, replicas, kind == "DaemonSet", pod)
+    count = None if kind in ("DaemonSet", "Job", "CronJob") else msgspec.convert(value, _Scaled).spec.replicas
+    return Workload(kind, namespace, name, 1 if count is None else max(count, 0), kind == "DaemonSet", pod)
+
+
+class _Scale(msgspec.Struct):
+    replicas: int | None = None
+
+
+class _Scaled(msgspec.Struct):
+    spec: _Scale = msgspec.field(default_factory=_Scale)
 
 
 def _object(value: Any) -> Mapping[str, Any]:
