@@ -61,25 +61,21 @@ def asked(before: Objects, after: Objects, probes: Iterable[Probe]) -> tuple[Ask
     return tuple(promised(probe, states) for probe in probes)
 
 
-def random_walk(rng: random.Random, changes: int, *, life: int = 40) -> list[list[Step]]:
-    """Worlds, each with its steps: changes of every kind, alone and several at once, and restarts."""
-    found = []
-    while changes > 0:
-        world = worlds.random_world(rng, pods=10, nodes=2, policies=6)
-        steps = [Step("start", world, ())]
-        for _ in range(min(life, changes)):
-            before, titles = world, []
-            for _ in range(rng.choice((1, 1, 1, 2, 3))):
-                title, grown = worlds.random_event(rng, world)
-                if len(meanwhile([before, grown])) > 16:
-                    break
-                titles.append(title)
-                world = grown
-            chosen = asked(before, world, telling(before, world, rng))
-            steps.append(Step(", ".join(titles), world, chosen, restart=rng.random() < 0.1))
-        found.append(steps)
-        changes -= len(steps) - 1
-    return found
+def random_walk(rng: random.Random, changes: int) -> list[Step]:
+    """A world and its changes: of every kind, alone and several at once, and restarts."""
+    world = worlds.random_world(rng, pods=10, nodes=2, policies=6)
+    steps = [Step("start", world, ())]
+    while len(steps) <= changes:
+        before, titles = world, []
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            title, grown = worlds.random_event(rng, world)
+            if len(meanwhile([before, grown])) > 16:
+                break
+            titles.append(title)
+            world = grown
+        chosen = asked(before, world, telling(before, world, rng))
+        steps.append(Step(", ".join(titles), world, chosen, restart=rng.random() < 0.1))
+    return steps
 
 
 def telling(before: Objects, after: Objects, rng: random.Random) -> list[Probe]:

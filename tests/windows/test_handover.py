@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from socket import SOCK_DGRAM, SOCK_STREAM
+from socket import AF_INET, AF_INET6, SOCK_DGRAM, SOCK_STREAM, socket
 from unittest.mock import patch
 
 import pytest
@@ -216,8 +218,46 @@ def test_without_forgetting_it_would_be(backend: str) -> None:
     def work() -> int:
         with patch.object(conntrack, "forget", lambda *_, **__: 0):
             street = Street(backend)
-            for way, name in product(WAYS, ("taker", "giver")):
-                assert handed_over(street, way, name), f"nothing was inherited when {way.__name__}"
+            for way in (separate, together, unseen):
+                found = handed_over(street, way, "giver")
+                heard = [one for one in found if "heard" in one]
+                assert heard, f"nothing was inherited when {way.__name__}"
+        return 0
+
+    assert enclosure.run(work) == 0, "see the traceback on standard error"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_change_of_policies_or_labels_cuts_nothing(backend: str) -> None:
+    """Connections that were accepted before are kept; new ones are judged."""
+
+    def work() -> int:
+        street = Street(backend)
+        usual = objects()
+        denied = [o for o in usual if o["kind"] != "NetworkPolicy"]
+        denied += [policy("giver", {"app": "giver"}, ingress=[], egress=[])]
+        relabelled = copy.deepcopy(usual)
+        for one in relabelled:
+            if one["kind"] == "Pod" and one["metadata"]["name"] in ("keep", "giver"):
+                one["metadata"]["labels"] = {"app": "taker"}
+        opened = [o for o in usual if o["kind"] != "NetworkPolicy"]
+        for title, world, reached in (
+            ("denied", denied, False),
+            ("allowed again", usual, True),
+            ("relabelled", relabelled, False),
+            ("no policy", opened, True),
+            ("the first policy", usual, True),
+        ):
+            street.change(world)
+            assert all(one.goes_on() for one in street.kept), f"cut off when {title}"
+            street.restart(world)
+            assert all(one.goes_on() for one in street.kept), f"cut off by a restart when {title}"
+            with street.fabric.inside("x/peer"):
+                for version, address in zip((AF_INET, AF_INET6), addresses("x/keep")):
+                    with socket(version, SOCK_STREAM) as asker:
+                        asker.settimeout(0.2)
+                        code = asker.connect_ex((address, 1))
+                    assert (code == errno.ECONNREFUSED) == reached, f"a new connection when {title}: {code}"
         return 0
 
     assert enclosure.run(work) == 0, "see the traceback on standard error"

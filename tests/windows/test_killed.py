@@ -33,7 +33,7 @@ def rounds() -> list[Round]:
     """Changes of every kind, of which most are tried more than once; some change again between two tries."""
     rng = random.Random(f"killed {SEED}")
     found: list[Round] = []
-    while len(found) < round(25 * SCALE):
+    while len(found) < round(12 * SCALE):
         world = worlds.random_world(rng, pods=10, nodes=2, policies=6)
         for _ in range(25):
             before, later = world, []

@@ -161,6 +161,7 @@ def _tours() -> dict[str, Tour]:
         "a policy is added and deleted": Tour(
             [_base(by_role), _base(by_role, _web(*_roles("c"), name="more", selects={}))], PROBES
         ),
+        "the only policy is added and deleted": Tour([_base(), _base(by_role)], PROBES),
         "a pod moves between classes": Tour([_base(*both_classes, web=w) for w in ({"app": "web"}, api)], PROBES),
         "a pod with a named port moves into isolation and out of it": Tour([starting, idle], PROBES + second),
         "a pod with a named port starts and stops": Tour([starting, starting[:-1]], PROBES + second),
