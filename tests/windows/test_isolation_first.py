@@ -9,10 +9,11 @@ import random
 
 import pytest
 
-from agent.core.addresses import format_address
-from agent.dataplane.plan import plan
+from agent.core.addresses import Address, format_address
+from agent.core.node import Node
+from agent.dataplane.plan import Operation, plan
 from agent.dataplane.render import OPTIONS
-from tests import oracle, worlds
+from tests import oracle, test_model, worlds
 from tests.dataplane.scenes import namespace, pod, pods_with, policy
 from tests.nodes import Kernel, change, node_of
 from tests.windows.promise import Objects
@@ -43,6 +44,33 @@ def early(before: Objects, after: Objects, rng: random.Random) -> list[str]:
     return [
         f"{probe} passes after {step}" for step in kernel.steps(operations) for probe in shut if kernel.passes(*probe)
     ]
+
+
+class Knowing(Kernel):
+    """A kernel whose agent knows which addresses its pods had before, as the dataplane does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: frozenset[Address] | None = None
+
+    def operations(self, node: Node, *, everything: bool = False) -> list[Operation]:
+        known, self.known = self.known, frozenset(node.cluster.judged)
+        return plan(node, node.journal(), self.mirror, OPTIONS, everything=everything, known=known)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_window_where_pods_start(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put off until a pod is isolated closes nothing that old and new allow (line 44)."""
+    monkeypatch.setattr(test_model, "Kernel", Knowing)
+    rng = random.Random(f"starts {seed}")
+    while True:
+        before = worlds.random_world(rng, pods=5, nodes=1, policies=4, faults=0.1)
+        title, after = worlds.random_event(rng, before)
+        if title in ("pod added", "pod given an address", "pod moved", "address handed on"):
+            break
+    after = test_model.batch(after, rng, rng.choice((0, 1)))
+    if len(test_model.mixtures(before, after)) <= 32:
+        assert test_model.violations(before, after, NODE, rng) == []
 
 
 @pytest.mark.parametrize("seed", range(60))

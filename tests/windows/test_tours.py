@@ -6,11 +6,12 @@ import os
 
 import pytest
 
+from tests.dataplane.scenes import pod
 from tests.lab.world import BACKENDS, needs_root
 from tests.windows import swapped
 from tests.windows.agents import Writer, under_flood
 from tests.windows.field import Field, Tally
-from tests.windows.promise import tour
+from tests.windows.promise import Step, promised, tour
 from tests.windows.tours import TOURS
 
 pytestmark = needs_root
@@ -60,5 +61,25 @@ def test_the_count_finds_steps_that_are_swapped(backend: str) -> None:
                     break
             print(f"{reorder.__name__}: {field.tally}")
             assert getattr(field.tally, what), f"{reorder.__name__} was not found: {field.tally}"
+
+    under_flood(backend, body)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_set_grows_and_shrinks(backend: str) -> None:
+    """Thousands of members come and go in bulk beside the peer's: the kernel's table is made anew several times."""
+    small, probes = (
+        TOURS["a peer moves between two rules of a policy"].worlds[0],
+        TOURS["a namespace is relabelled"].probes,
+    )
+    crowd = [pod(f"p{number}", 3 + number // 250, 1 + number % 250, role="a") for number in range(3000)]
+    states = [small, [*small, *crowd]]
+    promise = tuple(promised(probe, [small]) for probe in probes)
+
+    def body(field: Field, writer: Writer) -> None:
+        steps = [Step(f"{len(states[n % 2])} objects", states[n % 2], promise) for n in range(1, 1 + round(4 * SCALE))]
+        writer.walk([Step("start", small, ()), *steps])
+        field.count()
+        field.expect_clean()
 
     under_flood(backend, body)
