@@ -9,7 +9,6 @@ import click
 from agent.cli.options import backend_option, chosen_backend, input_options, multicast_option
 from agent.cli.output import Applied, Counts, Writes, output_option, plural, print_json
 from agent.cli.sources import no_such_node, node_state, read_inventory, warn
-from agent.core.findings import Finding
 from agent.core.node import Node
 from agent.dataplane.applied import dispatched
 from agent.dataplane.dataplane import Dataplane
@@ -40,13 +39,12 @@ def apply(
     """
     inventory = read_inventory(files, namespace)
     node = node_state(inventory, node_name)
-    missing = no_such_node(inventory, node_name)
-    findings = [*inventory.findings, *missing]
+    findings = [*inventory.findings, *no_such_node(inventory, node_name)]
     warn(findings)
     dataplane = Dataplane(chosen_backend(backend), options=Options(multicast=allow_multicast))
     try:
-        if missing:
-            _refuse_to_open(dataplane, missing[0])
+        if not any(pod.node == node_name for pod in inventory.pods.values()):
+            _refuse_to_open(dataplane, node_name)
         begin = perf_counter()
         report = dataplane.sync(node)
         report.add(dataplane.leave_other_backend())
@@ -81,13 +79,14 @@ def apply(
         click.echo("unchanged: 0 kernel writes")
 
 
-def _refuse_to_open(dataplane: Dataplane, missing: Finding) -> None:
-    """A name mistyped would take away all that is enforced here. Raises click.UsageError."""
+def _refuse_to_open(dataplane: Dataplane, node_name: str) -> None:
+    """No pod of the input is on the node: a name mistyped, or input without pods, would take away all that is enforced
+    here. Raises click.UsageError when something is."""
     isolated = {address for table in dataplane.read().tables.values() for address in dispatched(table)}
     if isolated:
         raise click.UsageError(
-            f"{missing.object}: {missing.message}, and {plural(len(isolated), 'address')} of pods are isolated "
-            "here. Give this node's name; if it has no pods any more, run clean first"
+            f"no pod of the input is on node {node_name}, and {plural(len(isolated), 'address')} of pods would be "
+            "opened here. Give this node's name, and its pods; if it has none any more, run clean"
         )
 
 

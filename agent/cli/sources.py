@@ -56,12 +56,12 @@ def node_state(inventory: Inventory, name: str | None) -> Node:
 
 
 def no_such_node(inventory: Inventory, name: str) -> list[Finding]:
-    """A finding when no pod of the input is on the node, which may be a name mistyped."""
+    """A finding when pods of the input are on nodes, and none on this: its name may be mistyped."""
     nodes = sorted({pod.node for pod in inventory.pods.values() if pod.node})
-    if name in nodes:
+    if name in nodes or not nodes:
         return []
-    there = f"the nodes with pods are {', '.join(nodes)}" if nodes else "no pod names a node"
-    return [Finding("node-without-pods", f"Node {name}", "", f"no pod of the input is on it; {there}")]
+    message = f"no pod of the input is on it; the nodes with pods are {', '.join(nodes)}"
+    return [Finding("node-without-pods", f"Node {name}", "", message)]
 
 
 def warn(findings: Iterable[Finding]) -> None:

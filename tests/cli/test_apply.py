@@ -167,15 +167,23 @@ class TestKernel:
         assert "NPA-" not in v4.out
 
     def test_workloads_are_passed_over_without_noise(self) -> None:
-        """Their pods would come from a cluster; only the node's name is a matter here."""
-        both, alone = inside(
-            agent("apply", "-f", KUBECTL, "-f", REPOSITORY_OF_MANIFESTS, "--node", "node1"),
+        """Their pods would come from a cluster."""
+        alone, both = inside(
             agent("apply", "-f", REPOSITORY_OF_MANIFESTS, "--node", "node1"),
+            agent("apply", "-f", KUBECTL, "-f", REPOSITORY_OF_MANIFESTS, "--node", "node1"),
         )
         assert (both.code, both.err) == (0, "")
         assert "1 of 1 pod isolated" in both.out
         assert alone.code == 0
         assert "Deployment" not in alone.err
+
+    @pytest.mark.parametrize("input, node", ((KUBECTL, "typo"), (REPOSITORY_OF_MANIFESTS, "node1")))
+    def test_what_is_enforced_is_not_opened_by_mistake(self, input: object, node: str) -> None:
+        """A node's name mistyped, or input without pods, is refused where pods are isolated."""
+        _, refused, status = inside(APPLY, agent("apply", "-f", input, "--node", node), agent("status"))
+        assert refused.code == 2
+        assert f"no pod of the input is on node {node}" in refused.err
+        assert status.code == 0
 
     def test_a_node_that_no_pod_names(self) -> None:
         (done,) = inside(agent("apply", "-f", KUBECTL, "--node", "nowhere", "-o", "json"))
