@@ -17,10 +17,11 @@ from the bytes of objects as the API server sends them (pods of 4.8 kB) until th
 an IPv4 and an IPv6 address. The benchmarks run at nice -10, since others use this machine too.
 `python -m tests.bench --only NAME` repeats a row."""
 PACKETS = """\
-Four nodes stand side by side, each with a client and a server behind it: one without an agent, and three with 0, 10 and
-1,000 policies in the cluster and 250 local pods, each of its own class. All four have the rules that kube-proxy writes
-for 20 Services, so that connections are tracked and looked up with and without an agent. Slices of load of a few
-milliseconds go to one after the other on one processor; a ratio is the median over the rounds, with its quartiles.
+Five nodes stand side by side, each with a client and a server behind it: two without an agent, and three with 0, 10 and
+1,000 policies in the cluster and 250 local pods, each of its own class. All have the rules that kube-proxy writes for
+20 Services, so that connections are tracked and looked up with and without an agent. Slices of load of a few
+milliseconds go to one after the other on one processor; a ratio is the median over the rounds, with its quartiles. The
+second node without an agent shows how much two equal nodes differ.
 
 The client is allowed by the second peer of a rule. A connection is opened, asked, answered and closed. A first packet
 is one datagram from each of 1,000 sockets. The cost of forwarding is that of the same packets put ready-made on the

@@ -198,23 +198,31 @@ _AIMS = {
 
 def _datapath(backend: str, egress: bool) -> Callable[[list[Result]], list[Row]]:
     def rows(results: list[Result]) -> list[Row]:
-        ratios = results[0]["ratios"]
-        isolated = "ingress and egress" if egress else "ingress"
+        isolated = f"{backend}, {'ingress and egress' if egress else 'ingress'}"
         found = []
         for what, (work, aim, reason) in _AIMS.items():
+            ratios = dict(results[0]["ratios"][what])
+            again = ratios.pop("again")["median"]
             shown = "; ".join(
-                f"{n} policies {v['median']:.3f} ({v['low']:.2f}–{v['high']:.2f})" for n, v in ratios[what].items()
+                f"{n} policies {v['median']:.3f} ({v['low']:.2f}–{v['high']:.2f})" for n, v in ratios.items()
             )
-            met = all(v["median"] >= aim for v in ratios[what].values())
             found.append(
-                Row(f"{work}, times those without an agent ({backend}, {isolated})", shown, f"≥ {aim}", met, reason)
+                Row(
+                    f"{work}, times those without an agent ({isolated})",
+                    f"{shown}; a second node without an agent {again:.3f}",
+                    f"≥ {aim}",
+                    all(v["median"] >= aim for v in ratios.values()),
+                    reason,
+                )
             )
-        each = results[0]["seconds"]["packets"]
-        costs = "; ".join(f"{n} policies +{duration(max(each[n] - each['none'], 0))}" for n in ratios["packets"])
-        alone = duration(each["none"] - results[0]["own"])
-        found.append(
-            Row(f"cost of forwarding a first packet ({backend}, {isolated})", f"{alone} without an agent; {costs}")
+        each = dict(results[0]["seconds"]["packets"])
+        alone = each.pop("none")
+        costs = "; ".join(
+            f"{'a second without an agent' if n == 'again' else f'{n} policies'} {(took - alone) * 1e9:+.0f} ns"
+            for n, took in each.items()
         )
+        base = duration(alone - results[0]["own"])
+        found.append(Row(f"cost of forwarding a first packet ({isolated})", f"{base} without an agent; {costs}"))
         return found
 
     return rows
