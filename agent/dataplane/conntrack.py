@@ -1,8 +1,9 @@
 """Connections of addresses that changed hands, taken out of the kernel's connection table.
 
-Raw netlink: one dump per family whatever the number of addresses, messages are searched for their bytes before anything
-is decoded, and an entry is deleted by the very tuple that the kernel sent. (pyroute2 decodes every entry, 100 µs each;
-the kernel's own filter for the reply direction is broken before 6.10.)
+Raw netlink: one dump whatever the number of addresses and families, since the kernel walks its whole table for each.
+Messages are searched for the addresses' bytes before anything is decoded, and an entry is deleted by the very tuple
+that the kernel sent. (pyroute2 decodes every entry, 100 µs each; the kernel's own filter for the reply direction is
+broken before 6.10.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from errno import ENOENT
 
-from agent.core.addresses import V4, Address, family
+from agent.core.addresses import Address, family
 from agent.dataplane.errors import refused
 
 NETLINK_NETFILTER = 12
@@ -24,8 +25,9 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_STATUS, CTA_ZONE = 1, 2, 3, 18
 IPS_SEEN_REPLY = 2
 CTA_TUPLE_IP = 1
-SOURCE = {4: 1, 6: 3}
+SOURCES = (1, 3)
 """CTA_IP_V4_SRC and CTA_IP_V6_SRC."""
+INET = {4: socket.AF_INET, 6: socket.AF_INET6}
 _MASK = 0x3FFF
 _END = struct.pack("=IH", 20, NLMSG_DONE)
 """How the last message of a dump begins; it has 20 bytes."""
@@ -42,18 +44,18 @@ def forget(addresses: Iterable[Address], *, unanswered: bool = False) -> int:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
             netlink.bind((0, 0))
             netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-            for version in sorted({family(address) for address in wanted}):
-                own = {address for address in wanted if family(address) == version}
-                for entry in list(_entries(netlink, version, own, unanswered)):
-                    deleted += _delete(netlink, version, entry)
+            for inet, entry in list(_entries(netlink, wanted, unanswered)):
+                deleted += _delete(netlink, inet, entry)
     except OSError as error:
         raise refused("conntrack", error.strerror or str(error)) from error
     return deleted
 
 
-def _entries(netlink: socket.socket, version: int, wanted: set[Address], unanswered: bool) -> Iterator[bytes]:
-    """The attributes that name each entry of these addresses: its original tuple, and its zone where it has one."""
-    netlink.send(_message(GET, REQUEST | DUMP, version, b""))
+def _entries(netlink: socket.socket, wanted: set[Address], unanswered: bool) -> Iterator[tuple[int, bytes]]:
+    """Of each entry of these addresses the family, and what names it: its original tuple, and a zone if it has one."""
+    families = {INET[family(address)] for address in wanted}
+    inet = families.pop() if len(families) == 1 else socket.AF_UNSPEC
+    netlink.send(_message(GET, REQUEST | DUMP, inet, b""))
     while True:
         data = netlink.recv(1 << 18)
         if data[-20:-14] != _END and data[4] != NLMSG_ERROR and not any(address in data for address in wanted):
@@ -67,26 +69,24 @@ def _entries(netlink: socket.socket, version: int, wanted: set[Address], unanswe
             if kind == NLMSG_ERROR:
                 code = -struct.unpack_from("=i", data, offset + 16)[0]
                 raise OSError(code, f"{os.strerror(code)} (reading the connection table)")
-            if any(address in body for address in wanted) and _is_wanted(body, version, wanted, unanswered):
+            if any(address in body for address in wanted) and _is_wanted(body, wanted, unanswered):
                 attributes = dict(_attributes(body))
-                yield b"".join(_attribute(k, attributes[k]) for k in (CTA_TUPLE_ORIG, CTA_ZONE) if k in attributes)
+                names = (_attribute(k, attributes[k]) for k in (CTA_TUPLE_ORIG, CTA_ZONE) if k in attributes)
+                yield data[offset + 16], b"".join(names)
             offset += (length + 3) & ~3
 
 
-def _is_wanted(entry: bytes, version: int, wanted: set[Address], unanswered: bool) -> bool:
+def _is_wanted(entry: bytes, wanted: set[Address], unanswered: bool) -> bool:
     attributes = dict(_attributes(entry))
     if unanswered and int.from_bytes(attributes.get(CTA_STATUS, b""), "big") & IPS_SEEN_REPLY:
         return False
     tuples = (CTA_TUPLE_REPLY,) if unanswered else (CTA_TUPLE_ORIG, CTA_TUPLE_REPLY)
-    return any(
-        dict(_attributes(dict(_attributes(attributes[key])).get(CTA_TUPLE_IP, b""))).get(SOURCE[version]) in wanted
-        for key in tuples
-        if key in attributes
-    )
+    ends = [dict(_attributes(attributes[key])).get(CTA_TUPLE_IP, b"") for key in tuples if key in attributes]
+    return any(value in wanted for end in ends for kind, value in _attributes(end) if kind in SOURCES)
 
 
-def _delete(netlink: socket.socket, version: int, entry: bytes) -> int:
-    netlink.send(_message(DELETE, REQUEST | ACK, version, entry))
+def _delete(netlink: socket.socket, inet: int, entry: bytes) -> int:
+    netlink.send(_message(DELETE, REQUEST | ACK, inet, entry))
     data = netlink.recv(1 << 16)
     code = -struct.unpack_from("=i", data, 16)[0]
     if code not in (0, ENOENT):
@@ -94,8 +94,7 @@ def _delete(netlink: socket.socket, version: int, entry: bytes) -> int:
     return int(code == 0)
 
 
-def _message(kind: int, flags: int, version: int, body: bytes) -> bytes:
-    inet = socket.AF_INET if version == V4 else socket.AF_INET6
+def _message(kind: int, flags: int, inet: int, body: bytes) -> bytes:
     return struct.pack("=IHHIIBBH", 20 + len(body), kind, flags, 1, 0, inet, 0, 0) + body
 
 
