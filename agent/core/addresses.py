@@ -33,6 +33,11 @@ def format_address(address: Address) -> str:
     return str(ipaddress.IPv6Address(address))
 
 
+def is_assignable(address: Address) -> bool:
+    """Whether a pod could have it: not empty, unspecified, multicast or broadcast. No set takes the unspecified one."""
+    return any(address) and not (address[0] == 0xFF if len(address) == 16 else address[0] >= 224 or address[0] == 0)
+
+
 def family(address: Address) -> int:
     """4 or 6."""
     return V4 if len(address) == 4 else V6

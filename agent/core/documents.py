@@ -72,7 +72,7 @@ class Document:
     def where(self, path: str) -> str:
         """`file:line` of a field, or of the nearest part that holds it."""
         while path and _walk(self.node, path) is None:
-            path = re.sub(r"(\.?[^.\[\]]+|\[\d+\])$", "", path)
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
         node = _walk(self.node, path)
         return self.file if node is None else f"{self.file}:{node.line + self.begins}"
 

@@ -25,6 +25,8 @@ from agent.core.policy import Policy, read_policy
 from agent.core.workloads import KINDS as WORKLOADS
 from agent.core.workloads import Workload, convert_workload
 
+LISTS = 3
+"""Levels of List in List that are read."""
 _POLICY_API = "networking.k8s.io/v1"
 
 
@@ -46,7 +48,7 @@ class Inventory:
         """Take in the documents of one file; `file` names it in findings."""
         try:
             for document in parse(data, file):
-                self._take(document, document.value, "", "")
+                self._take(document, document.value, "", {})
         except BadInput as error:
             self._bad += error.findings
 
@@ -63,17 +65,20 @@ class Inventory:
 
     # --- one object --------------------------------------------------------------------------------------------------
 
-    def _take(self, document: Document, value: Any, path: str, list_kind: str) -> None:
+    def _take(self, document: Document, value: Any, path: str, inherited: Mapping[str, Any]) -> None:
+        """One object. `inherited` has the kind and apiVersion that a typed list gives items which have none."""
         if not isinstance(value, dict):
             self._wrong("type-wrong", document.file, path, "must be a Kubernetes object", document.where(path))
             return
-        kind = value.get("kind") or list_kind
+        if not value.get("kind") and inherited:
+            value |= inherited
+        kind = value.get("kind")
         if not isinstance(kind, str) or not kind:
             message = "is missing: no Kubernetes object"
             self._wrong("type-wrong", document.file, _join(path, "kind"), message, document.where(path))
             return
         if kind.endswith("List") and "items" in value:
-            self._take_items(document, value["items"], path, kind[: -len("List")])
+            self._take_items(document, value, path)
             return
         if not self._concerns(kind, value):
             return
@@ -92,14 +97,19 @@ class Inventory:
         except ValueError as error:
             self._wrong("type-wrong", label, "", str(error), document.where(path))
 
-    def _take_items(self, document: Document, items: Any, path: str, kind: str) -> None:
+    def _take_items(self, document: Document, value: Mapping[str, Any], path: str) -> None:
+        items, kind = value["items"], value["kind"].removesuffix("List")
+        inherited = {"kind": kind, "apiVersion": value.get("apiVersion")} if kind else {}
         if items is None:
+            return
+        if path.count("items") >= LISTS:
+            self._wrong("type-wrong", document.file, path, "lists are nested too deeply", document.where(path))
             return
         if not isinstance(items, list):
             self._wrong("type-wrong", document.file, _join(path, "items"), "must be a list", document.where(path))
             return
         for index, item in enumerate(items):
-            self._take(document, item, f"{_join(path, 'items')}[{index}]", kind)
+            self._take(document, item, f"{_join(path, 'items')}[{index}]", inherited)
 
     @staticmethod
     def _concerns(kind: str, value: Mapping[str, Any]) -> bool:
@@ -159,15 +169,22 @@ class Inventory:
         pod = convert_pod(value)
         self.pods[pod.key] = pod
         for text in pod.unreadable:
-            message = f"{text!r} is not an address; it is passed over"
-            where = document.where(_join(path, "status"))
-            self.findings.append(Finding("address-unreadable", f"Pod {pod.key}", "status.podIPs", message, where))
+            message = f"{text} is none that a pod can have; it is passed over"
+            if text.startswith("port "):
+                where = document.where(_join(path, "spec.containers"))
+                finding = Finding("container-port-unreadable", f"Pod {pod.key}", "spec.containers", message, where)
+            else:
+                where = document.where(_join(path, "status"))
+                finding = Finding("address-unreadable", f"Pod {pod.key}", "status.podIPs", message, where)
+            self.findings.append(finding)
 
     def _service(self, value: Any) -> None:
         service = convert_service(value)
         self.services[service.key] = service
 
     def _workload(self, kind: str, value: Any) -> None:
+        if value["metadata"].get("ownerReferences"):
+            return  # what owns it creates its pods
         workload = convert_workload(kind, value, value["metadata"]["namespace"])
         self.workloads[f"{kind} {workload.namespace}/{workload.name}"] = workload
 

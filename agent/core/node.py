@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from agent.core.addresses import Address, family
@@ -27,12 +28,13 @@ class Journal(NamedTuple):
 
     `sets` are names with the members to compare, None for all of them; `chains` (family, name); `dispatch` (direction,
     address). `released` are addresses that a local pod gave up, with connections that nobody may inherit
-    (semantics.md line 46)."""
+    (semantics.md line 46); `inherited` those of peers elsewhere that another pod has now."""
 
     sets: dict[str, set[Member] | None]
     chains: set[tuple[int, str]]
     dispatch: set[tuple[str, Address]]
     released: set[Address]
+    inherited: AbstractSet[Address] = frozenset()
 
 
 class Node:
@@ -58,6 +60,8 @@ class Node:
         self._chains_changed: set[tuple[int, str]] = set()
         self._dispatch_changed: set[tuple[str, Address]] = set()
         self._released: set[Address] = set()
+        self._departed: set[Address] = set()  # of peers elsewhere that have gone; nobody has them yet
+        self._inherited: set[Address] = set()
 
     @property
     def isolates(self) -> bool:
@@ -83,8 +87,9 @@ class Node:
         self._pod_changed(self.cluster.delete_pod(key))
 
     def apply_policy(self, policy: Policy) -> None:
-        if self.policies.policies.get(policy.key) != policy:
-            self._policy_changed(self.policies.replace(policy.key, policy), policy)
+        before = self.policies.replace(policy.key, policy)
+        if before != policy:
+            self._policy_changed(before, policy)
 
     def delete_policy(self, key: str) -> None:
         self._policy_changed(self.policies.replace(key, None), None)
@@ -92,11 +97,21 @@ class Node:
     def _pod_changed(self, change: PodChange | None) -> None:
         if change is None:
             return
-        self.sets.apply_pod(change)
         before, after = change
-        kept = after.addresses if before and after and before.uid == after.uid and after.local else ()
+        was_peer = before is not None and before.group is not None and bool(before.group.selections)
+        self.sets.apply_pod(change)
+        same = after if before and after and before.uid == after.uid else None
         if before is not None and before.local:
+            kept = same.addresses if same and same.local else ()
             self._released.update(a for a in before.addresses if a not in kept)
+        elif before is not None and was_peer:
+            for address in before.addresses:
+                if same is None or address not in same.addresses:
+                    (self._inherited if self.cluster.holders(address) else self._departed).add(address)
+        if after is not None and same is None and self._departed:
+            taken = self._departed.intersection(after.addresses)
+            self._departed -= taken
+            self._inherited |= taken
         for pod in (before, after):
             for address in pod.addresses if pod else ():
                 self._address_changed(address, change)
@@ -187,9 +202,11 @@ class Node:
 
     def journal(self) -> Journal:
         """Hand over what to compare, and begin anew; call after `compile`."""
-        taken = Journal(self.sets.take_touched(), self._chains_changed, self._dispatch_changed, self._released)
+        taken = Journal(
+            self.sets.take_touched(), self._chains_changed, self._dispatch_changed, self._released, self._inherited
+        )
         self._chains_changed = set()
-        self._dispatch_changed, self._released = set(), set()
+        self._dispatch_changed, self._released, self._inherited = set(), set(), set()
         return taken
 
     def policies_selecting(self, address: Address) -> tuple[Policy, ...]:

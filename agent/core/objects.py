@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from agent.core.addresses import Address, parse_address
+from agent.core.addresses import Address, is_assignable, parse_address
 
 NAME_LABEL = "kubernetes.io/metadata.name"
 PROTOCOLS = ("TCP", "UDP", "SCTP")
@@ -207,9 +207,14 @@ def convert_service(value: Any) -> Service:
         ports=tuple(
             ServicePort(p.name or "", p.protocol or "TCP", p.port, p.targetPort or p.port, p.nodePort or 0)
             for p in spec.ports or ()
+            if _is_port(p.port) and (p.nodePort is None or _is_port(p.nodePort))
         ),
         local_only=spec.externalTrafficPolicy == "Local",
     )
+
+
+def _is_port(number: int) -> bool:
+    return 1 <= number <= 65535
 
 
 def named_namespace(name: str, labels: Mapping[str, str] | None = None) -> Namespace:
@@ -226,24 +231,38 @@ def _flatten_namespace(wire: _Namespace) -> Namespace:
     return named_namespace(intern(meta.name or ""), _labels(meta.labels))
 
 
-def _flatten_pod(wire: _Pod) -> Pod:
-    meta, spec, status = wire.metadata or _Meta(), wire.spec or _PodSpec(), wire.status or _PodStatus()
-    texts = [p.ip for p in status.podIPs or () if p.ip]
-    if status.podIP and status.podIP not in texts[:1]:
-        texts = [status.podIP]  # where the two differ, podIP wins (line 21)
+def _read_addresses(texts: list[str]) -> tuple[list[Address], list[str]]:
+    """The addresses, each once, and the texts that are none a pod could have."""
     addresses: dict[Address, None] = {}
     unreadable = []
     for text in texts:
         try:
-            addresses[parse_address(text)] = None
+            address = parse_address(text)
         except ValueError:
+            address = b""
+        if is_assignable(address):
+            addresses[address] = None
+        else:
             unreadable.append(text)
+    return list(addresses), unreadable
+
+
+def _flatten_pod(wire: _Pod) -> Pod:
+    meta, spec, status = wire.metadata or _Meta(), wire.spec or _PodSpec(), wire.status or _PodStatus()
+    addresses, unreadable = _read_addresses([p.ip for p in status.podIPs or () if p.ip])
+    if status.podIP:
+        first, wrong = _read_addresses([status.podIP])
+        unreadable += [text for text in wrong if text not in unreadable]
+        if first and first != addresses[:1]:
+            addresses = first  # where the two differ, podIP wins (line 21)
     ports = []
     listens = []
     sidecars = [c for c in spec.initContainers or () if c.restartPolicy == "Always"]
     for container in (*(spec.containers or ()), *sidecars):
         for port in container.ports or ():
-            if port.containerPort is not None:
+            if port.containerPort is not None and not _is_port(port.containerPort):
+                unreadable.append(f"port {port.containerPort}")
+            elif port.containerPort is not None:
                 protocol = intern(port.protocol or "TCP")
                 listens.append((protocol, port.containerPort))
                 if port.name:

@@ -112,7 +112,7 @@ def _where(file: str | None, lines: Mapping[str, int], path: str) -> str | None:
     if file is None:
         return None
     while path and path not in lines:
-        path = re.sub(r"(\.[^.\[\]]*|\[\d+\])$", "", path) if re.search(r"[.\[]", path) else ""
+        path = path[: max(path.rfind("."), path.rfind("["), 0)]
     line = lines.get(path)
     return file if line is None else f"{file}:{line}"
 

@@ -138,6 +138,7 @@ class Dataplane:
                 self._execute(operations, mirror, report)
             except KernelError:
                 if attempt + 1 == ATTEMPTS:
+                    self._released |= journal.inherited
                     raise
                 continue
             self._mirror = mirror
@@ -178,6 +179,13 @@ class Dataplane:
                 backend = Backend(name)
                 applied = self._rules_of(backend)
                 self._execute(list(removal(applied)), applied, report, backend)
+        if report.transactions and self._mirror is not None:  # its rules held sets that have no other use
+            held = [DestroySet(set_name) for set_name in self._unused]
+            deadline = perf_counter() + PATIENCE
+            while held and perf_counter() < deadline:
+                self._destroy(list(held), self._mirror, report)
+                held = [operation for operation in held if operation.name in self._unused]
+                sleep(0.05 if held else 0)
         return report
 
     def _rules_of(self, backend: Backend) -> Applied:

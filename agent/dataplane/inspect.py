@@ -77,6 +77,8 @@ def drift(applied: Applied) -> Iterator[str]:
             continue
         if not table.first:
             yield f"{family}: {_MISPLACED}"
+        for rule in table.strays:
+            yield f"{family}: a rule that is not ours leads into a chain of ours: {rule}"
         isolates = any(dispatched(t) for t in applied.tables.values())
         options = [Options(multicast=flag) for flag in (False, True)]
         directions = {d for d in DIRECTIONS if any(table.chains.get(bucket_name(d, n)) for n in range(BUCKETS))}

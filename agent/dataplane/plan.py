@@ -183,6 +183,7 @@ def plan(
         *([AwaitPackets()] if _moves_within_a_chain(node, sets.adds, sets.deletes) else []),
         *_of(sets.deletes, SetKind.IP_PORT),
         *_of(sets.deletes, SetKind.IP, SetKind.NET),
+        *_forgetting(journal.inherited - released),
         *sets.destroys.values(),
     ]
 
@@ -328,7 +329,9 @@ def _transaction(desired: Mapping[str, list[str] | None], applied: AppliedTable,
             insert += [(name, n, rule) for n, rule in enumerate(rules, 1) if wanted[n - 1] not in held]
         else:
             write.append((name, tuple(rules)))
-    remove = tuple(sorted(name for name, rules in desired.items() if rules is None and name in applied.chains))
+    stray = {word for rule in applied.strays for word in rule.split()}  # what others lead into cannot be removed yet
+    unwanted = (name for name, rules in desired.items() if rules is None and name in applied.chains)
+    remove = tuple(sorted(name for name in unwanted if name not in stray))
     jumps = () if applied.first else tuple(applied.jumps)
     return Transaction(version, tuple(write), tuple(insert), remove, jumps, not applied.first)
 
