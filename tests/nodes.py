@@ -83,8 +83,8 @@ class Kernel:
     def __init__(self) -> None:
         self.sets = Sets()
         self.tables = {version: Tables.parse("*filter\n:FORWARD ACCEPT [0:0]\nCOMMIT\n") for version in FAMILIES}
-        for table in self.tables.values():
-            table.sets = self.sets
+        for one in self.tables.values():
+            one.sets = self.sets
         self.mirror = Applied({}, {version: AppliedTable() for version in FAMILIES})
 
     def operations(self, node: Node, *, everything: bool = False) -> list[Operation]:

@@ -53,7 +53,10 @@ def cli_reference() -> str:
     parts = [CLI_HEAD]
 
     def walk(command: click.Command, path: str) -> None:
-        context = click.Context(command, info_name=path, terminal_width=100, max_content_width=100)
+        help_names = ["-h", "--help"]
+        context = click.Context(
+            command, info_name=path, terminal_width=100, max_content_width=100, help_option_names=help_names
+        )
         parts.append(f"## {path}\n\n```\n{command.get_help(context).strip()}\n```\n")
         for name, below in sorted(getattr(command, "commands", {}).items()):
             walk(below, f"{path} {name}")

@@ -75,9 +75,7 @@ class Events(RuleBasedStateMachine):
     @rule(data=st.data())
     def probe(self, data: st.DataObject) -> None:
         source, destination, protocol, port = data.draw(worlds.probes(self.synced))
-        verdict = oracle.allowed(
-            self.synced, src=source, dst=destination, protocol=protocol, port=port, node=self.name
-        )
+        verdict = oracle.allowed(self.synced, src=source, dst=destination, protocol=protocol, port=port, node=self.name)
         assert self.kernel.passes(source, destination, protocol, port) == verdict.allowed
 
 

@@ -41,9 +41,7 @@ def batch(objects: Objects, rng: random.Random, events: int) -> Objects:
     return objects
 
 
-def violations(
-    before: Objects, after: Objects, name: str, rng: random.Random, reorder: Any = None
-) -> list[str]:
+def violations(before: Objects, after: Objects, name: str, rng: random.Random, reorder: Any = None) -> list[str]:
     """What a packet sees that it must not, while one node goes from one world to another in one batch."""
     worlds_between = mixtures(before, after)
     node = node_of(before, name)

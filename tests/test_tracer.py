@@ -221,9 +221,7 @@ def verdict(packet: Packet, *lines: str) -> str:
 
 def test_policy_and_path() -> None:
     tables = Tables.parse(
-        filter_text(
-            ":FORWARD DROP [3:4]", ":A - [0:0]", "-A FORWARD -j A", "[1:2] -A A -j RETURN", "-A A -j ACCEPT"
-        )
+        filter_text(":FORWARD DROP [3:4]", ":A - [0:0]", "-A FORWARD -j A", "[1:2] -A A -j RETURN", "-A A -j ACCEPT")
     )
     result = trace(tables, SETS, TCP)
     assert (result.verdict, result.rule) == ("DROP", None)
@@ -367,9 +365,7 @@ def test_unknown_text(text: str) -> None:
         Tables.parse(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["*filter\n-A FORWARD -j DROP\n", "-A FORWARD -j DROP\n", "*filter\n*nat\nCOMMIT\n"]
-)
+@pytest.mark.parametrize("text", ["*filter\n-A FORWARD -j DROP\n", "-A FORWARD -j DROP\n", "*filter\n*nat\nCOMMIT\n"])
 def test_text_out_of_order(text: str) -> None:
     with pytest.raises(Refused):
         Tables.parse(text)
@@ -394,9 +390,7 @@ def test_refused_though_a_backend_takes_it(lines: list[str]) -> None:
 def test_each_commit_by_itself() -> None:
     tables = Tables.parse(BASE)
     with pytest.raises(Refused, match="line 6"):
-        tables.apply(
-            filter_text("-P INPUT DROP") + "*filter\n-P OUTPUT DROP\n-X A\nCOMMIT\n" + filter_text("-F")
-        )
+        tables.apply(filter_text("-P INPUT DROP") + "*filter\n-P OUTPUT DROP\n-X A\nCOMMIT\n" + filter_text("-F"))
     assert tables.policies == {"INPUT": "DROP", "FORWARD": "ACCEPT", "OUTPUT": "ACCEPT"}
     tables.apply("*nat\n:WHAT EVER\n-A THIS -j THAT\nCOMMIT\n" + filter_text("-P OUTPUT DROP"))
     assert tables.policies["OUTPUT"] == "DROP"
@@ -509,9 +503,7 @@ CLONE_NEWNET = 0x40000000
 
 
 @pytest.fixture
-def in_namespace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[Callable[[], None]], None]]:
+def in_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], None]], None]]:
     """Runs a function in a thread that has a network namespace of its own, and so have the processes it
     starts. The namespace ends with the thread: nothing is left behind, whatever happens."""
     monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "xtables.lock"))
@@ -519,9 +511,7 @@ def in_namespace(
     def enter() -> None:
         if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
             pytest.skip(f"no network namespace: {os.strerror(ctypes.get_errno())}")
-        seen = subprocess.run(
-            ["readlink", "/proc/self/ns/net"], check=True, capture_output=True, text=True
-        ).stdout
+        seen = subprocess.run(["readlink", "/proc/self/ns/net"], check=True, capture_output=True, text=True).stdout
         assert seen.strip() != os.readlink("/proc/self/ns/net"), "not in a namespace of its own"
 
     with ThreadPoolExecutor(1) as pool:
@@ -728,9 +718,7 @@ class Host:
         self.open: list[tuple[Packet, Packet]] = []
         for number, protocol in enumerate(["udp", "udp", "tcp", "tcp"]):
             src, dst = self.address(8), self.address(9)
-            there = self.packet(
-                src, dst, protocol, sport=2000 + number, dport=80 + number, state="ESTABLISHED"
-            )
+            there = self.packet(src, dst, protocol, sport=2000 + number, dport=80 + number, state="ESTABLISHED")
             back = replace(there, src=dst, dst=src, sport=there.dport, dport=there.sport)
             back = replace(back, in_iface="v2", out_iface="v1", mark=self.mark(src))
             self.send(there)
@@ -748,9 +736,7 @@ class Host:
             return packet, partial(self.send, packet, flags=0x10)
         if kind < 0.22:
             there, _ = rng.choice(self.open[:2])
-            packet = self.packet(
-                there.dst, there.src, icmp, back=True, icmp_type=error, icmp_code=1, state="RELATED"
-            )
+            packet = self.packet(there.dst, there.src, icmp, back=True, icmp_type=error, icmp_code=1, state="RELATED")
             return packet, partial(self.send, packet, inner=datagram(there))
         more: dict[str, Any] = {}
         if rng.random() < 0.25:
@@ -831,17 +817,13 @@ class Host:
         spec = []
         if rng.random() < 0.3:
             side, net = rng.choice([("-s", 8), ("-d", 9), ("-s", 9), ("-d", 8)])
-            spec.append(
-                f"{no}{side} {self.address(net)}/{width[0] - rng.choice([0, 1, 2, 3, 3, 64, 100]) % width[0]}"
-            )
+            spec.append(f"{no}{side} {self.address(net)}/{width[0] - rng.choice([0, 1, 2, 3, 3, 64, 100]) % width[0]}")
         elif rng.random() < 0.2:
             number, mask = rng.randrange(16), rng.choice([1, 3, 15, 10])
             text = f"0.0.0.{number}/0.0.0.{mask}" if self.version == 4 else f"::{number:x}/::{mask:x}"
             spec.append(f"{no}{rng.choice(['-s', '-d'])} {text}")
         if rng.random() < 0.1:
-            spec.append(
-                rng.choice(["-i v1", "! -i v1", "-i v+", "-o v2", "! -o v+", "-i br0", "-o b+", "-o +"])
-            )
+            spec.append(rng.choice(["-i v1", "! -i v1", "-i v+", "-o v2", "! -o v+", "-i br0", "-o b+", "-o +"]))
         protocol = rng.choice(["", "", "", "tcp", "udp", "sctp", icmp[0], "253"])
         no = rng.choice(["", "", "! "])
         port = rng.choice(["80", "81:82", "83:", ":80", "84"])
@@ -851,9 +833,7 @@ class Host:
                 spec.append(f"-m {protocol} {no}--dport {port}")
                 spec += ["! --sport 1003:1004"] * (rng.random() < 0.3)
             elif rng.random() < 0.5:
-                ports = rng.choice(
-                    ["--dports 80,82:83", "--sports 1000,1002", "--dports 81", "--ports 80,1001:1003"]
-                )
+                ports = rng.choice(["--dports 80,82:83", "--sports 1000,1002", "--dports 81", "--ports 80,1001:1003"])
                 spec.append(f"-m multiport {no}{ports}")
         elif protocol == icmp[0]:
             spec.append(f"-p {protocol} -m {icmp[1]} {no}{icmp[2]} {rng.choice(icmp[3])}")
@@ -895,9 +875,7 @@ class Host:
         for index, name in enumerate(names[:4]):
             edits.append(f"-I {name} {self.random_rule([*names[index + 1 :], 'D'], prefix)}")
         edits.append("-D FORWARD 3")
-        edits.append(
-            rng.choice([line for line in lines if line.startswith("-A FORWARD")]).replace("-A", "-D", 1)
-        )
+        edits.append(rng.choice([line for line in lines if line.startswith("-A FORWARD")]).replace("-A", "-D", 1))
         edits.append(f"-I FORWARD 2 {self.random_rule(names[1:], prefix)}")
         return [filter_text(*lines), filter_text(*edits)]
 
@@ -954,7 +932,7 @@ def compare(kind: str, version: int, rounds: int, seen: Counter[str]) -> None:
                 seen.update([packet.state, result.verdict, f"bridged {packet.bridged}"])
                 seen.update(re.findall(r" (?:-[jgsdpio]|-m \w+|--match-set s\d+-\w) ", str(result)))
                 send()
-            for _ in range(100):
+            for _ in range(1000):
                 found = host.counters(run(f"{host.tool}-save -c").stdout)
                 if found == (+expected, passed):
                     break

@@ -35,3 +35,6 @@ def exit_code(work: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except OSError as error:
+        click.secho(f"error: {error}", err=True, fg="red")
+        return COULD_NOT

@@ -71,7 +71,7 @@ class Inventory:
             self._wrong("type-wrong", document.file, path, "must be a Kubernetes object", document.where(path))
             return
         if not value.get("kind") and inherited:
-            value |= inherited
+            value = {**inherited, **value}
         kind = value.get("kind")
         if not isinstance(kind, str) or not kind:
             message = "is missing: no Kubernetes object"

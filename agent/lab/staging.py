@@ -90,12 +90,16 @@ def stage(inventory: Inventory, wishes: Wishes, known: Mapping[str, PodSpec] | N
 
 def _all_pods(inventory: Inventory, nodes: list[str], replicas: int) -> Iterator[Pod]:
     yield from (pod for _, pod in sorted(inventory.pods.items()) if not pod.finished)
+    seen = set(inventory.pods)
     for workload in inventory.workloads.values():
         if any(workload.created(pod) for pod in inventory.pods.values()):
             continue
         count = len(nodes) if workload.per_node else min(workload.replicas, replicas)
         for number in range(count):
             pod = workload.pod(number)
+            if pod.key in seen:  # a workload of another kind has the same name
+                pod = msgspec.structs.replace(pod, name=f"{workload.name}-{workload.kind.lower()}-{number}")
+            seen.add(pod.key)
             yield msgspec.structs.replace(pod, node=nodes[number]) if workload.per_node else pod
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
+from pathlib import Path
 
 import pytest
 
@@ -194,6 +195,18 @@ def test_half_made(backend: str, kernel: Kernel, half_made: Callable[[Kernel], N
     assert not [key for key in other.ours() if " NPA-" in key]
     clean(backend)
     assert [one.everything() for one in kernels] == before
+
+
+@pytest.mark.parametrize("backend", ["nft"])
+def test_makes_no_table(kernel: Kernel) -> None:
+    """Looking for our rules among legacy's does not make its filter table, which would warn every user of nft."""
+    Kernel("legacy").save(4, table="nat")
+    with Agent(kernel.backend, cluster()) as agent:
+        agent.sync()
+        agent.dataplane.leave_other_backend()
+        agent.dataplane.clean()
+    assert Path("/proc/net/ip_tables_names").read_text().split() == ["nat"]
+    assert Path("/proc/net/ip6_tables_names").read_text() == ""
 
 
 def test_in_use_for_a_moment(backend: str, kernel: Kernel) -> None:

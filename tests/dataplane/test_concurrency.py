@@ -155,5 +155,9 @@ def test_sets_linger(backend: str, kernel: Kernel) -> None:
         assert kernel.ours() == desired(bare)
 
         agent.change(cluster())
+        name = next(name for name in kernel.sets() if name.startswith("npa4-p-"))
         agent.dataplane.clean()
         assert not kernel.sets()
+        kernel.ipset("create", name, "hash:net")
+        agent.sync()
+        assert kernel.ours() == desired(cluster()), "what has its name and another type does not linger"

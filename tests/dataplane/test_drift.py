@@ -140,6 +140,7 @@ def nft(*words: str) -> Callable[[Kernel], object]:
     return lambda _: run("nft", *words)
 
 
+LARGE = ("maxelem", "1048576")
 MISPLACED = "the jump to NPA-FORWARD is not once and first in FORWARD"
 MISSING = "is missing or was changed"
 CHANGED = "was changed"
@@ -214,7 +215,8 @@ DAMAGES = {
     "a named-port set of another type": Damage(recreated("n", "hash:ip"), "is of another form", None),
     "a type we do not know": Damage(recreated("p", "hash:ip,port,ip"), "is of another form", None),
     "a smaller set": Damage(recreated("p", "hash:ip", "maxelem", "4"), "is of another form", None),
-    "a set with timeouts": Damage(recreated("p", "hash:ip", "timeout", "60"), "is of another form", None),
+    "a set with timeouts": Damage(recreated("p", "hash:ip", *LARGE, "timeout", "60"), "is of another form", None),
+    "a set with a netmask": Damage(recreated("p", "hash:ip", *LARGE, "netmask", "24"), "is of another form", None),
     "a set of another family": Damage(other_family, "is of another form", None),
 }
 NFT_ONLY = {
@@ -253,7 +255,9 @@ def find_and_repair(backend: str, kernel: Kernel, damage: Damage) -> None:
         alone = list(drift(applied))
         if damage.told_alone:
             assert any(damage.told_alone in line for line in alone), alone
-        assert agent.resync().writes > 0
+        report = agent.resync()
+        assert report.writes > 0
+        assert report.attempts == 1
 
         assert kernel.ours() == desired(agent.node)
         assert not_ours(kernel.everything()) == not_ours(harmed)

@@ -9,7 +9,7 @@ import pytest
 
 from agent.dataplane.render import OPTIONS, ipset_text, iptables_text
 from tests.dataplane.kernel import FAMILIES, Kernel, run
-from tests.dataplane.scenes import Agent, applied, desired
+from tests.dataplane.scenes import Agent, applied, cluster, desired, pod
 from tests.tracer import Tables
 from tests.worlds import random_event, random_world
 
@@ -65,3 +65,19 @@ def test_worlds_in_turn(backend: str, kernel: Kernel, rng: random.Random, many: 
         world = random_world(rng, faults=0.2)
         applied(backend, world)
         assert kernel.ours() == desired(world)
+
+
+def test_one_bucket(backend: str, kernel: Kernel, rng: random.Random, many: Callable[[int], range]) -> None:
+    """Pods whose rules stand in the same chain start and stop, several at a time, between each other."""
+    pods = [pod(f"db-{n}", 1, 1 + 16 * (n % 15), app="db") for n in range(15)]
+    pods += [pod(f"web-{n}", 3 + n, 1, app="web") for n in range(15)]
+    for one in pods:
+        one["spec"]["nodeName"] = "node-1"
+    here: set[int] = set()
+    with Agent(backend, cluster()) as agent:
+        agent.sync()
+        for _ in many(15):
+            here ^= {*rng.sample(range(len(pods)), rng.choice((1, 2, 5, 12)))}
+            agent.change([*cluster(), *(pods[n] for n in sorted(here))])
+            assert kernel.ours() == desired(agent.node)
+        assert agent.resync().writes == 0
