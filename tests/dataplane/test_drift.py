@@ -215,8 +215,8 @@ DAMAGES = {
     "a named-port set of another type": Damage(recreated("n", "hash:ip"), "is of another form", None),
     "a type we do not know": Damage(recreated("p", "hash:ip,port,ip"), "is of another form", None),
     "a smaller set": Damage(recreated("p", "hash:ip", "maxelem", "4"), "is of another form", None),
+    "a set with counters": Damage(recreated("p", "hash:ip", *LARGE, "counters"), "is of another form", None),
     "a set with timeouts": Damage(recreated("p", "hash:ip", *LARGE, "timeout", "60"), "is of another form", None),
-    "a set with a netmask": Damage(recreated("p", "hash:ip", *LARGE, "netmask", "24"), "is of another form", None),
     "a set of another family": Damage(other_family, "is of another form", None),
 }
 NFT_ONLY = {
