@@ -43,8 +43,9 @@ and errors go to standard error, one a line: `FILE:LINE: Kind namespace/name: fi
 Colours come on terminals only.
 
 `-o json` prints one document. Its schema: [apply](schemas/apply.json), [clean](schemas/clean.json),
-[render](schemas/render.json), [status](schemas/status.json), [lab](schemas/lab.json). Fields may be added, never
-changed.
+[render](schemas/render.json), [status](schemas/status.json), [lab matrix and probe](schemas/lab.json),
+[lab up](schemas/lab-up.json), [lab list](schemas/lab-list.json), [lab apply](schemas/lab-apply.json),
+[lab play](schemas/lab-play.json). Fields may be added, never changed.
 """
 
 

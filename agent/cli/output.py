@@ -129,7 +129,65 @@ class MatrixResult(msgspec.Struct, frozen=True):
     mismatches: int
 
 
-SCHEMAS = {"apply": Applied, "clean": Applied, "render": Rendered, "status": Status, "lab": MatrixResult}
+class LabPod(msgspec.Struct, frozen=True):
+    """A pod of a lab: `NAMESPACE/NAME`, its addresses, its node."""
+
+    key: str
+    addresses: tuple[str, ...]
+    node: str
+
+
+class LabUp(msgspec.Struct, frozen=True):
+    """`lab up -o json`."""
+
+    name: str
+    nodes: tuple[str, ...]
+    pods: tuple[LabPod, ...]
+
+
+class LabList(msgspec.Struct, frozen=True):
+    """`lab list -o json`: the names of the held labs."""
+
+    labs: tuple[str, ...]
+
+
+class LabEnforced(msgspec.Struct, frozen=True):
+    """`lab apply -o json`: from the objects to the last node's kernel, and kernel writes by node."""
+
+    milliseconds: float
+    writes: dict[str, int]
+    problems: tuple[str, ...]
+
+
+class LabStep(msgspec.Struct, frozen=True):
+    """One file of a play: what it cost, and who reaches whom after it."""
+
+    title: str
+    enforced: LabEnforced
+    answers: tuple[Answer, ...]
+    opened: int
+    closed: int
+    mismatches: int
+
+
+class LabPlay(msgspec.Struct, frozen=True):
+    """`lab play -o json`."""
+
+    steps: tuple[LabStep, ...]
+    mismatches: int
+
+
+SCHEMAS = {
+    "apply": Applied,
+    "clean": Applied,
+    "render": Rendered,
+    "status": Status,
+    "lab": MatrixResult,
+    "lab-up": LabUp,
+    "lab-list": LabList,
+    "lab-apply": LabEnforced,
+    "lab-play": LabPlay,
+}
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -11,10 +11,10 @@ from agent.cli.exits import exit_code
 from agent.cli.lab.ends import pair, parse_port, resolve
 from agent.cli.lab.options import LabOptions, lab_options, name_option
 from agent.cli.lab.running import inventory_of, staged_from, with_lab
-from agent.cli.lab.show import print_answer, print_step, show_matrix
+from agent.cli.lab.show import print_answer, print_step, show_matrix, step_of
 from agent.cli.lab.tables import CHANGES, LEGEND
 from agent.cli.options import backend_option
-from agent.cli.output import MatrixResult, output_option, print_json
+from agent.cli.output import LabPlay, LabStep, MatrixResult, output_option, print_json
 from agent.cli.sources import read_files, warn
 from agent.core.findings import Finding
 from agent.lab import enclosure
@@ -107,7 +107,8 @@ def probe(wanted: LabOptions, name: str, output: str, source: str, destination: 
 @click.option("--services", is_flag=True, help="Ask the cluster addresses of Services, too.")
 @click.option("--mode", type=click.Choice(["routed", "bridged"]), default="routed", show_default=True)
 @backend_option
-def play(directory: Path, ports: tuple[str, ...], services: bool, mode: Mode, backend: str) -> None:
+@output_option
+def play(directory: Path, ports: tuple[str, ...], services: bool, mode: Mode, backend: str, output: str) -> None:
     """Play a directory of manifests file by file: after each, who reaches whom, what changed, and how fast.
 
     A file's first comment is its title; an object that comes again takes the place of the one before.
@@ -129,7 +130,9 @@ def play(directory: Path, ports: tuple[str, ...], services: bool, mode: Mode, ba
     asked_ports = staged_from(inventory_of(contents, wanted.namespace), wanted).ports
 
     def work() -> int:
-        click.echo(f"{LEGEND}  {CHANGES}")
+        if output == "text":
+            click.echo(f"{LEGEND}  {CHANGES}")
+        played: list[LabStep] = []
         running: Lab | None = None
         before: list[Answer] = []
         different = 0
@@ -150,11 +153,17 @@ def play(directory: Path, ports: tuple[str, ...], services: bool, mode: Mode, ba
             again = replace(staged, ports=asked_ports)
             found = questions(again, running.fabric, ports=asked, with_services=services)
             answers = ask(running.fabric, running.expectation(staged), found)
-            print_step(number, path, enforced, answers, before)
-            different += sum(1 for _ in mismatches(answers))
+            step = step_of(path, enforced, answers, before)
+            if output == "text":
+                print_step(number, step, enforced, before)
+            played.append(step)
+            different += step.mismatches
             before = answers
         if running is not None:
             running.close()
+        if output == "json":
+            print_json(LabPlay(tuple(played), different))
+            return 1 if different else 0
         click.echo(f"\n{len(steps)} steps, {different} mismatches between packets and policies")
         return 1 if different else 0
 

@@ -14,8 +14,9 @@ import msgspec
 from agent.cli.lab.ends import end_key
 from agent.cli.lab.options import LabOptions, lab_options, name_option
 from agent.cli.lab.running import inventory_of, joined, load_input, save_input, staged_from, with_name
-from agent.cli.lab.show import print_enforced
+from agent.cli.lab.show import enforced_of, print_enforced
 from agent.cli.options import input_options
+from agent.cli.output import LabList, LabPod, LabUp, output_option, print_json
 from agent.cli.sources import read_files, warn
 from agent.lab import enclosure, held
 from agent.lab.lab import Lab
@@ -24,7 +25,8 @@ from agent.lab.lab import Lab
 @click.command("up")
 @lab_options
 @name_option
-def up(wanted: LabOptions, name: str) -> None:
+@output_option
+def up(wanted: LabOptions, name: str, output: str) -> None:
     """Make a lab that stays, with the policies of the files enforced, until `lab down`.
 
     \b
@@ -34,6 +36,8 @@ def up(wanted: LabOptions, name: str) -> None:
       netpol-agent lab apply -f manifests/ -f new-policy.yaml
       netpol-agent lab shell shop/web-0 -- curl -m 2 http://10.244.1.3
       netpol-agent lab down
+
+    Exit codes: 0 it is up; 2 bad input, or one of this name is up; 3 no lab can be made here.
     """
     contents = read_files(wanted.files)
     inventory = inventory_of(contents, wanted.namespace)
@@ -52,6 +56,10 @@ def up(wanted: LabOptions, name: str) -> None:
         enclosure.hold(name, work)
     except held.AlreadyHeld as error:
         raise click.UsageError(f"the lab {name!r} is up; take it down with: {with_name('down', name)}") from error
+    if output == "json":
+        pods = tuple(LabPod(pod.key, pod.addresses, pod.node) for pod in staged.fabric.pods)
+        print_json(LabUp(name, tuple(node.name for node in staged.fabric.nodes), pods))
+        return
     click.echo(f"lab {name!r} is up: {len(staged.fabric.nodes)} nodes, {len(staged.pods)} pods")
     for pod in staged.fabric.pods:
         click.echo(f"  {pod.key}  {' '.join(pod.addresses)}  on {pod.node}")
@@ -63,7 +71,8 @@ def up(wanted: LabOptions, name: str) -> None:
 @click.command("apply")
 @input_options
 @name_option
-def apply(files: tuple[str, ...], namespace: str, name: str) -> None:
+@output_option
+def apply(files: tuple[str, ...], namespace: str, name: str, output: str) -> None:
     """Enforce the files' policies, labels and namespaces in the held lab, in place of those before.
 
     The pods stay as they are: another set of pods is another lab.
@@ -88,7 +97,10 @@ def apply(files: tuple[str, ...], namespace: str, name: str) -> None:
         running.load_services(staged)
         enforced = running.enforce(inventory, staged.pods)
         save_input(contents, wanted)
-        print_enforced(enforced)
+        if output == "json":
+            print_json(enforced_of(enforced))
+        else:
+            print_enforced(enforced)
         return 0
 
     raise SystemExit(joined(name, work))
@@ -130,13 +142,18 @@ def down(name: str) -> None:
     \b
     Examples:
       netpol-agent lab down
+
+    Exit code 0, also when there was none.
     """
     click.echo(f"lab {name!r} is down" if enclosure.end(name) else f"no lab {name!r} is up")
 
 
 @click.command("list")
-def list_names() -> None:
+@output_option
+def list_names(output: str) -> None:
     """Print the names of the held labs."""
-    for name in held.names():
-        if held.read(name) is not None:
-            click.echo(name)
+    names = tuple(name for name in held.names() if held.read(name) is not None)
+    if output == "json":
+        print_json(LabList(names))
+    elif names:
+        click.echo("\n".join(names))

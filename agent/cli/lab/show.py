@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from agent.cli.lab.tables import LEGEND, matrix_lines
-from agent.cli.output import MatrixResult, print_json
+from agent.cli.output import LabEnforced, LabStep, MatrixResult, print_json
 from agent.lab.lab import Enforced
 from agent.lab.matrix import Answer, mismatches
 
@@ -54,19 +54,33 @@ def show_matrix(answers: Sequence[Answer], enforced: Enforced | None, output: st
     return 1 if different else 0
 
 
-def print_step(
-    number: int, path: Path, enforced: Enforced, answers: Sequence[Answer], before: Sequence[Answer]
-) -> None:
-    """One step of a play: its title, what it cost, the matrix, and what is new in it."""
+def enforced_of(enforced: Enforced) -> LabEnforced:
+    """What a change cost, for JSON."""
+    writes = {name: report.writes for name, report in enforced.reports.items()}
+    return LabEnforced(round(enforced.seconds * 1000, 1), writes, enforced.problems)
+
+
+def step_of(path: Path, enforced: Enforced, answers: Sequence[Answer], before: Sequence[Answer]) -> LabStep:
+    """One step of a play: its title, what it cost, who reaches whom, and what is new in that."""
     title = re.search(r"^#\s*(.+)$", path.read_text(), re.MULTILINE)
-    click.echo()
-    click.secho(f"{number}. {title[1] if title else path.stem}", bold=True)
-    print_enforced(enforced)
-    for line in matrix_lines(answers, before):
-        click.echo(line)
     old = {(a.source, a.address, a.protocol, a.port): a.reached for a in before}
-    opened = sum(1 for a in answers if a.reached and old.get((a.source, a.address, a.protocol, a.port)) is False)
-    closed = sum(1 for a in answers if not a.reached and old.get((a.source, a.address, a.protocol, a.port)) is True)
-    wrong = sum(1 for _ in mismatches(answers))
-    change = f"{opened} opened, {closed} closed; " if before else ""
-    click.echo(f"  {len(answers)} probes: {change}{wrong} mismatches")
+    was = [old.get((a.source, a.address, a.protocol, a.port)) for a in answers]
+    return LabStep(
+        title=title[1] if title else path.stem,
+        enforced=enforced_of(enforced),
+        answers=tuple(answers),
+        opened=sum(1 for a, b in zip(answers, was) if a.reached and b is False),
+        closed=sum(1 for a, b in zip(answers, was) if not a.reached and b is True),
+        mismatches=sum(1 for _ in mismatches(answers)),
+    )
+
+
+def print_step(number: int, step: LabStep, enforced: Enforced, before: Sequence[Answer]) -> None:
+    """One step of a play."""
+    click.echo()
+    click.secho(f"{number}. {step.title}", bold=True)
+    print_enforced(enforced)
+    for line in matrix_lines(step.answers, before):
+        click.echo(line)
+    change = f"{step.opened} opened, {step.closed} closed; " if before else ""
+    click.echo(f"  {len(step.answers)} probes: {change}{step.mismatches} mismatches")
