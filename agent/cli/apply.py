@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from time import perf_counter
 
 import click
 
-from agent.cli.options import backend_option, chosen_backend, input_options, multicast_option
+from agent.cli.options import backend_option, chosen_backend, input_options, multicast_option, only_writer
 from agent.cli.output import Applied, Counts, Writes, output_option, plural, print_json
 from agent.cli.sources import no_such_node, node_state, read_inventory, warn
 from agent.core.node import Node
@@ -42,15 +43,13 @@ def apply(
     findings = [*inventory.findings, *no_such_node(inventory, node_name)]
     warn(findings)
     dataplane = Dataplane(chosen_backend(backend), options=Options(multicast=allow_multicast))
-    try:
+    with only_writer(), closing(dataplane):
         if not any(pod.node == node_name for pod in inventory.pods.values()):
             _refuse_to_open(dataplane, node_name)
         begin = perf_counter()
         report = dataplane.sync(node)
         report.add(dataplane.leave_other_backend())
         milliseconds = (perf_counter() - begin) * 1000
-    finally:
-        dataplane.close()
     result = Applied(
         node=node_name,
         backend=dataplane.backend.name,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from time import perf_counter
 
 import click
 
-from agent.cli.options import backend_option, chosen_backend
+from agent.cli.options import backend_option, chosen_backend, only_writer
 from agent.cli.output import Applied, Writes, output_option, print_json
 from agent.dataplane.dataplane import Dataplane
 
@@ -27,12 +28,10 @@ def clean(backend: str, output: str) -> None:
     Exit codes: 0 nothing of ours is left; 3 the kernel refused.
     """
     dataplane = Dataplane(chosen_backend(backend))
-    try:
+    with only_writer(), closing(dataplane):
         begin = perf_counter()
         report = dataplane.clean()
         milliseconds = round((perf_counter() - begin) * 1000, 1)
-    finally:
-        dataplane.close()
     writes = Writes.of(report)
     if output == "json":
         print_json(Applied("", dataplane.backend.name, report.writes > 0, writes, milliseconds, None, (), ()))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -50,3 +53,21 @@ def multicast_option(function: F) -> F:
 def chosen_backend(name: str) -> Backend:
     """The backend of the flag."""
     return detect() if name == "auto" else Backend(name)
+
+
+_LOCK = Path("/run/netpol-agent.lock")
+
+
+@contextmanager
+def only_writer() -> Iterator[None]:
+    """Wait until no other netpol-agent writes on this host: two plans from one reading of the kernel would mix.
+
+    Where the lock cannot be had, the kernel refuses the rest as well, or there is nobody else (a read-only /run)."""
+    try:
+        file = _LOCK.open("w")
+    except OSError:
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
