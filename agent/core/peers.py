@@ -6,7 +6,7 @@ journal of members that may have changed, so that a delta costs what was touched
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from agent.core.addresses import Address, Prefix, family
@@ -152,13 +152,13 @@ class PeerSets:
                     group.selections.add(selection)
         return selection
 
-    def _candidates(self, peer: PodPeer) -> Iterator[Group]:
+    def _candidates(self, peer: PodPeer) -> Iterable[Group]:
+        groups = self._cluster.candidates(peer.namespace, peer.pods.anchors)
         if peer.namespaces is None:
-            yield from self._cluster.groups(peer.namespace)
-            return
-        for namespace in self._cluster.namespaces.values():
-            if peer.namespaces.matches(namespace.labels):
-                yield from self._cluster.groups(namespace.name)
+            return groups
+        spaces = self._cluster.namespaces.values()
+        selected = {namespace.name for namespace in spaces if peer.namespaces.matches(namespace.labels)}
+        return (group for group in groups if group.namespace in selected)
 
     def _forget(self, selection: Selection) -> None:
         peer = selection.peer

@@ -39,7 +39,10 @@ class Selector(NamedTuple):
         return cls(tuple(sorted(requirements)))
 
     def matches(self, labels: Labels) -> bool:
-        return all(r.holds(labels) for r in self.requirements)
+        for requirement in self.requirements:  # noqa: SIM110 (all() takes twice as long)
+            if not requirement.holds(labels):
+                return False
+        return True
 
     @property
     def anchors(self) -> tuple[tuple[str, str], ...]:

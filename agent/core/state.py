@@ -74,6 +74,7 @@ class Cluster:
         self.namespaces: dict[str, Namespace] = {}
         self.pods: dict[str, PodRecord] = {}
         self._groups: dict[str, dict[tuple[LabelItems, tuple[NamedPort, ...]], Group]] = {}
+        self._labelled: dict[tuple[str, str], set[Group]] = {}
         self._holders: dict[Address, PodRecord | tuple[PodRecord, ...]] = {}
         self.judged: set[Address] = set()  # addresses that this node judges: a live pod of the node holds them
 
@@ -91,6 +92,16 @@ class Cluster:
             return
         for groups in self._groups.values():
             yield from groups.values()
+
+    def candidates(self, namespace: str | None, anchors: Iterable[tuple[str, str]]) -> Iterable[Group]:
+        """Few groups among which are all of a namespace, or of any, that have one of these labels; () asks for none."""
+        labelled = [self._labelled.get(anchor, set()) for anchor in anchors]
+        if namespace is not None:
+            groups = self._groups.get(namespace, {})
+            if not labelled or sum(map(len, labelled)) > len(groups):
+                return groups.values()
+            return [group for group in set().union(*labelled) if group.namespace == namespace]
+        return set().union(*labelled) if labelled else self.groups()
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
@@ -137,6 +148,8 @@ class Cluster:
         group = groups.get((labels, ports))
         if group is None:
             group = groups[labels, ports] = Group(namespace, labels, ports)
+            for label in labels:
+                self._labelled.setdefault(label, set()).add(group)
         return group
 
     def _move(self, before: PodRecord | None, after: PodRecord | None) -> PodChange | None:
@@ -159,6 +172,10 @@ class Cluster:
         del groups[tuple(group.labels.items()), group.ports]
         if not groups:
             del self._groups[group.namespace]
+        for label in group.labels.items():
+            self._labelled[label].discard(group)
+            if not self._labelled[label]:
+                del self._labelled[label]
 
     def _set_holders(self, address: Address, holders: Iterable[PodRecord]) -> None:
         held = tuple(holders)

@@ -21,7 +21,7 @@ from agent.dataplane.render import HASHSIZE, MAXELEM, create_text, format_member
 
 SetOperation = CreateSet | AddMembers | DeleteMembers | SwapSets | DestroySet
 
-BULK = 16
+BULK = 6
 """From so many entries on, `ipset restore` is faster than netlink; measured by `make bench` (docs/benchmarks.md)."""
 IPSET_ERR_HASH_FULL = 4352
 _PROTOCOLS = {"TCP": IPPROTO_TCP, "UDP": IPPROTO_UDP, "SCTP": IPPROTO_SCTP}
