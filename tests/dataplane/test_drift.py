@@ -15,7 +15,7 @@ from tests.dataplane.scenes import Agent, cluster, desired
 from tests.tracer import Unknown
 
 pytestmark = pytest.mark.root
-JUMP = "-m comment --comment netpol-agent -j NPA-FORWARD"
+JUMP = "-j NPA-FORWARD"
 
 
 class Damage(NamedTuple):
