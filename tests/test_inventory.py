@@ -224,3 +224,65 @@ def test_named_ports_come_from_containers_and_sidecars() -> None:
 def test_named_ports_of_policies_are_kept_by_name() -> None:
     (rule,) = read(netpol("ingress:\n- ports: [{port: http}]")).policies["default/p"].ingress or ()
     assert rule.ports == (PortName("TCP", "http"),)
+
+
+def test_a_label_key_with_a_bracket_is_a_fault_and_no_riddle() -> None:
+    """Paths of fields are cut from their end; whatever a key holds, that ends."""
+    for text in (netpol("podSelector: {matchLabels: {'a[b': x, 'c]d': y}}"), json.dumps(BRACKETS)):
+        assert "label-key-invalid" in [finding.id for finding in read(text).findings]
+
+
+BRACKETS = {
+    "apiVersion": "networking.k8s.io/v1",
+    "kind": "NetworkPolicy",
+    "metadata": {"name": "p"},
+    "spec": {"podSelector": {"matchLabels": {"a[b": "x", "].[": "y"}}},
+}
+
+
+@pytest.mark.parametrize("number", (0, -1, 65536, 70000, 10**18))
+def test_a_port_that_is_none_is_passed_over_and_told(number: int) -> None:
+    ports = [{"name": "web", "containerPort": number}, {"name": "web", "containerPort": 80}]
+    inventory = read(json.dumps({**POD, "spec": {"containers": [{"ports": ports}]}}))
+    assert [p.number for p in inventory.pods["default/a"].ports] == [80]
+    assert "container-port-unreadable" in [finding.id for finding in inventory.findings]
+
+
+@pytest.mark.parametrize(
+    "address", ("0.0.0.0", "::", "224.0.0.1", "255.255.255.255", "ff02::1", "1.2.3", "fe80::1%e", "0.1.2.3")
+)
+def test_an_address_that_no_pod_has_is_passed_over_and_told(address: str) -> None:
+    status = {"phase": "Running", "podIPs": [{"ip": address}, {"ip": "10.0.0.1"}]}
+    inventory = read(json.dumps({**POD, "status": status}))
+    assert inventory.pods["default/a"].addresses == (b"\x0a\0\0\x01",)
+    assert "address-unreadable" in [finding.id for finding in inventory.findings]
+
+
+def test_pod_ips_are_compared_as_addresses() -> None:
+    status = {"phase": "Running", "podIP": "FD00::1", "podIPs": [{"ip": "fd00::1"}, {"ip": "10.0.0.1"}]}
+    assert len(read(json.dumps({**POD, "status": status})).pods["default/a"].addresses) == 2
+
+
+def test_items_of_a_typed_list_have_its_version() -> None:
+    items = [{"metadata": {"name": "p"}, "spec": {}}]
+    manifest = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicyList", "items": items}
+    assert list(read(json.dumps(manifest)).policies) == ["default/p"]
+    assert "networking.k8s.io/v1" in bad(json.dumps({**manifest, "apiVersion": "extensions/v1beta1"}))[0]
+
+
+def test_json_has_lines_too() -> None:
+    text = '{"apiVersion": "v1",\n\t"kind": "Pod",\n\t"metadata": {"name": "a",\n\t\t"labels": {"b": 1}}}'
+    assert bad(text)[0].startswith("a.yaml:4: Pod default/a: metadata.labels")
+    assert bad(json.dumps(POD) + "\n" + text)[0].startswith("a.yaml:5: Pod default/a: metadata.labels")
+
+
+def test_lists_in_lists_end() -> None:
+    value: object = POD
+    for _ in range(50):
+        value = {"apiVersion": "v1", "kind": "List", "items": [value]}
+    assert "nested too deeply" in bad(json.dumps(value))[0]
+
+
+def test_what_a_workload_owns_creates_no_pods_of_its_own() -> None:
+    meta = {"name": "w-5c", "ownerReferences": [{"kind": "Deployment", "name": "w"}]}
+    assert not read(json.dumps({"apiVersion": "apps/v1", "kind": "ReplicaSet", "metadata": meta})).workloads
