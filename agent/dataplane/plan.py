@@ -5,7 +5,7 @@ is lost that both allow (semantics.md line 44). It rests on this order, and on a
 
   create and fill new sets → add to peer sets → add to named-port sets → forget released connections
   → one transaction per family → forget what the old rules have let in again → add a pod that starts to others' sets
-  → delete from named-port sets → delete from peer sets → forget peers elsewhere whose address another has → destroy sets
+  → delete from named-port sets → delete from peer sets → forget peers whose address another has → destroy sets
 
 A packet does not see all of this at one moment. One that looks into set B before an address is added to it, and into A
 after the address was deleted from it, misses both (seen once in 20,000 moves between 40 sets of a chain, under flood).
