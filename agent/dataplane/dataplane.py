@@ -83,7 +83,9 @@ class Report:
 
 
 class Dataplane:
-    """Sets and rules of one network namespace. Not for several threads; make it inside the namespace.
+    """Sets and rules of one network namespace. Make it inside the namespace.
+
+    Not for several threads, nor for one that runs an asyncio loop: pyroute2 runs its own.
 
     Invariant: the mirror is what the kernel holds, or None when that is not known; then it is read before the next
     plan. Nothing is ever flushed.

@@ -19,18 +19,15 @@ _NATIVE = (
     "The table holds rules that only nft can read (nft list table ip filter): move them to a table of their own, "
     "or choose --backend legacy."
 )
+_MODULES = "Load the modules ip_tables and iptable_filter, or choose --backend nft."
+_REPAIRED = "Something removed what this needs; the next sync reads the kernel again and repairs it."
 ADVICE = (
     ("Operation not permitted", "Run as root, or give the container the capability NET_ADMIN."),
     ("Permission denied", "Run as root, or give the container the capability NET_ADMIN."),
     ("you must be root", "Run as root, or give the container the capability NET_ADMIN."),
     ("can't open lock file", "Mount the host's /run/xtables.lock, writable."),
     ("xtables lock", "Another program holds it: see which (fuser -v /run/xtables.lock), and try again."),
-    ("set is full", "The set holds all it can; fewer addresses must match the selector."),
     ("full", "The set holds all it can; fewer addresses must match the selector."),
-    ("CHAIN_DEL failed", "A rule that is not ours leads into this chain; the next sync leaves the chain."),
-    ("CHAIN_USER_DEL failed", "A rule that is not ours leads into this chain; the next sync leaves the chain."),
-    ("Unknown error 4353", "The set does not take this entry."),
-    ("does not exist", "Something removed what this rule needs; the next sync reads the kernel again and repairs it."),
     ("maximal number of sets", "The kernel holds no more ipsets; load ip_set with a higher max_sets."),
     ("type not supported", "Load the kernel module of this set type (ip_set_hash_ip, _ipport, _net) on the node."),
     ("Extension", "Load the kernel module of this match (modprobe xt_NAME) on the node."),
@@ -39,8 +36,12 @@ ADVICE = (
     ("Parsing nftables rule failed", _NATIVE),
     ("in use", "A rule that is not ours uses it (iptables-save | grep the name): delete that rule."),
     ("name already exists", "A set of another type has its name, and is in use: delete the rules that use it."),
-    ("Table does not exist", "Load the module ip_tables and iptable_filter, or choose --backend nft."),
-    ("initialize", "Load the modules ip_tables and iptable_filter, or choose --backend nft."),
+    ("initialize nft", "Load the module nf_tables, or choose --backend legacy."),
+    ("fetch rule set generation", "Load the module nf_tables, or choose --backend legacy."),
+    ("initialize", _MODULES),
+    ("Table does not exist", _MODULES),
+    ("does not exist", _REPAIRED),
+    ("doesn't exist", _REPAIRED),
     ("connection table", "Load the module nf_conntrack_netlink on the node."),
 )
 

@@ -383,6 +383,23 @@ def test_no_permission(
             assert kernel.ours() == desired(event(cluster()))
 
 
+def test_lock_file_not_mounted(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pod legacy needs the host's lock file; elsewhere the tools make their own."""
+    Agent(backend)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
+    assert not LOCK.exists()
+    if backend == "nft":
+        Agent(backend)
+        return
+    with pytest.raises(KernelError, match=r"/run/xtables.lock: is not there. Mount the host's file"):
+        Agent(backend)
+    LOCK.touch()
+    Agent(backend)
+    monkeypatch.setenv("XTABLES_LOCKFILE", "/run/other.lock")
+    with pytest.raises(KernelError, match=r"/run/other.lock"):
+        Agent(backend)
+
+
 @pytest.mark.parametrize("missing", ["ipset", "iptables", "ip6tables"])
 def test_missing_tools(backend: str, kernel: Kernel, tmp_path: Path, missing: str) -> None:
     with Agent(backend, cluster()) as agent:
