@@ -34,7 +34,7 @@ ADVICE = (
     ("No chain/target/match by that name", "Load the kernel module of this match or target (modprobe xt_NAME)."),
     ("incompatible, use 'nft' tool", _NATIVE),
     ("Parsing nftables rule failed", _NATIVE),
-    ("in use", "A rule that is not ours uses it (iptables-save | grep the name): delete that rule."),
+    ("in use", "A rule uses it (iptables-save | grep the name): delete that rule."),
     ("name already exists", "A set of another type has its name, and is in use: delete the rules that use it."),
     ("initialize nft", "Load the module nf_tables, or choose --backend legacy."),
     ("fetch rule set generation", "Load the module nf_tables, or choose --backend legacy."),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from agent.dataplane.errors import KernelError
+from agent.dataplane.inspect import drift
 from tests.dataplane.kernel import BASE, FAMILIES, Kernel, run
 from tests.dataplane.scenes import (
     Agent,
@@ -212,6 +213,25 @@ def kernel_lacks_ipvs(kernel: Kernel) -> bool:
     kernel.iptables(4, "-F", "TRY")
     kernel.iptables(4, "-X", "TRY")
     return lacks
+
+
+def test_rule_that_leads_into_our_chain(backend: str, kernel: Kernel) -> None:
+    """Somebody's rule keeps a chain from being removed: the change goes in, the chain stays until the rule goes."""
+    with Agent(backend, cluster()) as agent:
+        agent.sync()
+        for version in FAMILIES:
+            chains = [name for name in kernel.tables(version).chains if name.startswith("NPA-I-")]
+            kernel.rules(version, ":THEIRS - [0:0]", *(f"-A THEIRS -p udp -j {name}" for name in chains))
+        agent.change(after())
+        new = desired(agent.node)
+        assert {key: rules for key, rules in kernel.ours().items() if key in new and "jumps" not in key} == {
+            key: rules for key, rules in new.items() if "jumps" not in key
+        }
+        assert "leads into" in " ".join(drift(agent.dataplane.read()))
+        for version in FAMILIES:
+            kernel.rules(version, "-F THEIRS")
+        agent.resync()
+        assert kernel.ours() == new
 
 
 def test_tool_killed(backend: str, kernel: Kernel, tmp_path: Path) -> None:
