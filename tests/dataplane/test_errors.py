@@ -25,6 +25,8 @@ WORDS = {
     "Set npa4-p-0 doesn't exist.": "next sync",
     "ipset v7.17: Error in line 1: The set with the given name does not exist": "next sync",
     "Invalid argument (reading the connection table)": "nf_conntrack_netlink",
+    "line 4: CHAIN_DEL failed (Device or resource busy): chain NPA-I-0": "leads into this chain",
+    "Unknown error 4353": "does not take this entry",
     "something that nobody has heard of": "dmesg",
 }
 
