@@ -197,6 +197,21 @@ def test_half_made(backend: str, kernel: Kernel, half_made: Callable[[Kernel], N
     assert [one.everything() for one in kernels] == before
 
 
+def test_host_changes_sides(backend: str, kernel: Kernel, rng: random.Random, many: Callable[[int], range]) -> None:
+    """The rules of another world on the other backend go, and with them the sets that only they used."""
+    [other] = {*BACKENDS} - {backend}
+    for _ in many(3):
+        applied(other, random_world(rng, pods=12, policies=8))
+        world = random_world(rng, pods=12, policies=8)
+        with Agent(backend, world) as agent:
+            agent.sync()
+            agent.dataplane.leave_other_backend()
+            assert kernel.ours() == desired(world)
+            assert not [key for key in Kernel(other).ours() if " NPA-" in key]
+            assert agent.resync().writes == agent.dataplane.leave_other_backend().writes == 0
+            agent.dataplane.clean()
+
+
 @pytest.mark.parametrize("backend", ["nft"])
 def test_makes_no_table(kernel: Kernel) -> None:
     """Looking for our rules among legacy's does not make its filter table, which would warn every user of nft."""
