@@ -7,14 +7,23 @@ from time import perf_counter
 
 import click
 
-from agent.cli.options import backend_option, chosen_backend, input_options, multicast_option, only_writer
-from agent.cli.output import Applied, Counts, Writes, output_option, plural, print_json
+from agent.cli.options import (
+    PATIENCE,
+    backend_option,
+    chosen_backend,
+    input_options,
+    multicast_option,
+    waiting_for,
+)
+from agent.cli.output import Applied, Counts, Writes, output_option, print_json
 from agent.cli.sources import no_such_node, node_state, read_inventory, warn
 from agent.core.node import Node
 from agent.dataplane.applied import dispatched
 from agent.dataplane.dataplane import Dataplane
 from agent.dataplane.environment import problems
+from agent.dataplane.lock import only_writer
 from agent.dataplane.render import Options
+from agent.dataplane.report import plural
 
 
 @click.command()
@@ -43,7 +52,7 @@ def apply(
     findings = [*inventory.findings, *no_such_node(inventory, node_name)]
     warn(findings)
     dataplane = Dataplane(chosen_backend(backend), options=Options(multicast=allow_multicast))
-    with only_writer(), closing(dataplane):
+    with only_writer(PATIENCE, waiting_for), closing(dataplane):
         if not any(pod.node == node_name for pod in inventory.pods.values()):
             _refuse_to_open(dataplane, node_name)
         begin = perf_counter()
@@ -73,7 +82,7 @@ def apply(
         f"{plural(counts.sets, 'set')}, {plural(counts.members, 'member')}"
     )
     if result.changed:
-        click.echo(f"changed: {result.writes} in {result.milliseconds} ms")
+        click.echo(f"changed: {report} in {result.milliseconds} ms")
     else:
         click.echo("unchanged: 0 kernel writes")
 

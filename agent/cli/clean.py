@@ -7,9 +7,10 @@ from time import perf_counter
 
 import click
 
-from agent.cli.options import backend_option, chosen_backend, only_writer
+from agent.cli.options import PATIENCE, backend_option, chosen_backend, waiting_for
 from agent.cli.output import Applied, Writes, output_option, print_json
 from agent.dataplane.dataplane import Dataplane
+from agent.dataplane.lock import only_writer
 
 
 @click.command()
@@ -28,14 +29,15 @@ def clean(backend: str, output: str) -> None:
     Exit codes: 0 nothing of ours is left; 3 the kernel refused.
     """
     dataplane = Dataplane(chosen_backend(backend))
-    with only_writer(), closing(dataplane):
+    with only_writer(PATIENCE, waiting_for), closing(dataplane):
         begin = perf_counter()
         report = dataplane.clean()
         milliseconds = round((perf_counter() - begin) * 1000, 1)
-    writes = Writes.of(report)
     if output == "json":
-        print_json(Applied("", dataplane.backend.name, report.writes > 0, writes, milliseconds, None, (), ()))
+        print_json(
+            Applied("", dataplane.backend.name, report.writes > 0, Writes.of(report), milliseconds, None, (), ())
+        )
     elif report.writes:
-        click.echo(f"clean: {writes} in {milliseconds} ms")
+        click.echo(f"clean: {report} in {milliseconds} ms")
     else:
         click.echo("clean: nothing of ours is here")

@@ -10,6 +10,7 @@ import click
 
 from agent.core.findings import BadInput
 from agent.dataplane.errors import KernelError
+from agent.kube.errors import ApiError
 from agent.lab.enclosure import LabUnavailable
 
 DONE, FINDINGS, BAD_INPUT, COULD_NOT, INTERRUPTED = 0, 1, 2, 3, 130
@@ -29,7 +30,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
         for finding in dict.fromkeys(error.findings):
             click.secho(f"error: {finding}", err=True, fg="red")
         return BAD_INPUT
-    except (KernelError, LabUnavailable) as error:
+    except (ApiError, KernelError, LabUnavailable) as error:
         click.secho(f"error: {error}", err=True, fg="red")
         return COULD_NOT
     except BrokenPipeError:

@@ -12,6 +12,7 @@ from agent.cli.clean import clean
 from agent.cli.exits import exit_code
 from agent.cli.lab import lab
 from agent.cli.render import render
+from agent.cli.run import run
 from agent.cli.status import status
 
 
@@ -22,6 +23,7 @@ def cli() -> None:
 
     \b
     Examples:
+      netpol-agent run --node "$(hostname)"
       kubectl get ns,pods,netpol -A -o yaml | netpol-agent apply -f - --node "$(hostname)"
       netpol-agent render -f manifests/ --node node1
       netpol-agent lab matrix -f manifests/
@@ -31,7 +33,7 @@ def cli() -> None:
     """
 
 
-for command in (apply, render, status, clean, lab):
+for command in (run, apply, render, status, clean, lab):
     cli.add_command(command)
 
 

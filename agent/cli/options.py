@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
@@ -55,19 +52,10 @@ def chosen_backend(name: str) -> Backend:
     return detect() if name == "auto" else Backend(name)
 
 
-_LOCK = Path("/run/netpol-agent.lock")
+PATIENCE = 10.0
+"""Seconds that a verb which writes waits for another one to end."""
 
 
-@contextmanager
-def only_writer() -> Iterator[None]:
-    """Wait until no other netpol-agent writes on this host: two plans from one reading of the kernel would mix.
-
-    Where the lock cannot be had, the kernel refuses the rest as well, or there is nobody else (a read-only /run)."""
-    try:
-        file = _LOCK.open("w")
-    except OSError:
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def waiting_for(holder: str) -> None:
+    """Say whom we wait for."""
+    click.secho(f"waiting for another netpol-agent ({holder})", err=True, fg="yellow")

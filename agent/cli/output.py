@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from agent.core.findings import Finding
-from agent.dataplane.dataplane import Report
+from agent.dataplane.report import Report
 from agent.lab.matrix import Answer
 
 
@@ -32,28 +32,6 @@ class Writes(msgspec.Struct, frozen=True, rename="camel"):
     def of(cls, report: Report) -> Writes:
         names = [name for name in cls.__struct_fields__ if name != "total"]
         return cls(report.writes, *(getattr(report, name) for name in names))
-
-    def __str__(self) -> str:
-        parts = [
-            _changed("set", self.sets_created, self.sets_destroyed),
-            _changed("set member", self.members_added, self.members_deleted),
-            _changed("chain", self.chains_written, self.chains_removed, verb="written"),
-            f"{self.connections_forgotten} connections forgotten" if self.connections_forgotten else "",
-        ]
-        return ", ".join(part for part in parts if part) or "rules put back in place"
-
-
-def plural(number: int, noun: str) -> str:
-    """`1 policy`, `2 policies`, `3 classes`."""
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
-
-
-def _changed(noun: str, more: int, fewer: int, *, verb: str = "added") -> str:
-    plus = f"{plural(more, noun)} {verb}" if more else ""
-    minus = f"{plural(fewer, noun)} removed" if fewer else ""
-    return ", ".join(part for part in (plus, minus) if part)
 
 
 class Counts(msgspec.Struct, frozen=True, rename="camel"):

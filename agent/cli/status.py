@@ -5,12 +5,13 @@ from __future__ import annotations
 import click
 
 from agent.cli.options import backend_option, chosen_backend, input_options, multicast_option
-from agent.cli.output import Status, StatusClass, StatusSet, output_option, plural, print_json
+from agent.cli.output import Status, StatusClass, StatusSet, output_option, print_json
 from agent.cli.sources import node_state, read_inventory
 from agent.dataplane.dataplane import Dataplane
 from agent.dataplane.environment import problems
 from agent.dataplane.inspect import ProgrammedClass, drift, drift_from, programmed_classes
 from agent.dataplane.render import Options
+from agent.dataplane.report import plural
 
 
 @click.command()

@@ -73,7 +73,8 @@ class PolicyRule(NamedTuple):
 class Policy:
     """What one NetworkPolicy enforces. `rules[direction]` is None where it does not isolate.
 
-    Policies of equal content are equal, wherever they were read from; `lines` maps field paths to line numbers."""
+    Policies of equal content are equal, wherever they were read from; `lines` maps field paths to line numbers, `uid`
+    is "" where they come from files."""
 
     namespace: str
     name: str
@@ -83,6 +84,7 @@ class Policy:
     findings: tuple[Finding, ...] = ()
     file: str | None = None
     lines: Mapping[str, int] = field(default_factory=dict)
+    uid: str = ""
 
     @property
     def key(self) -> str:
@@ -142,6 +144,7 @@ class _Reader:
         meta = manifest.get("metadata") or {}
         self.namespace = str(meta.get("namespace") or "")
         self.name = str(meta.get("name") or "")
+        self.uid = str(meta.get("uid") or "")
         self.spec = manifest.get("spec")
         self.file = file
         self.lines = lines
@@ -199,7 +202,8 @@ class _Reader:
 
     def policy(self) -> Policy:
         selector, ingress, egress = self.read_spec()
-        return Policy(self.namespace, self.name, selector, ingress, egress, tuple(self.findings), self.file, self.lines)
+        found = tuple(self.findings)
+        return Policy(self.namespace, self.name, selector, ingress, egress, found, self.file, self.lines, self.uid)
 
     def read_spec(self) -> tuple[Selector, tuple[PolicyRule, ...] | None, tuple[PolicyRule, ...] | None]:
         spec = {} if self.spec is None else self.spec

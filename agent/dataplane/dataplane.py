@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter, sleep
@@ -16,6 +15,7 @@ from agent.dataplane.applied import Applied
 from agent.dataplane.errors import KernelError, refused
 from agent.dataplane.ipset import Ipset
 from agent.dataplane.iptables import BACKENDS, Backend
+from agent.dataplane.notices import Notices
 from agent.dataplane.plan import (
     AddMembers,
     AwaitPackets,
@@ -31,55 +31,12 @@ from agent.dataplane.plan import (
     removal,
 )
 from agent.dataplane.render import OPTIONS, Options
+from agent.dataplane.report import Report
 
 PATIENCE = 2.0
 """Seconds that `clean` waits for sets which the kernel still counts as used."""
 ATTEMPTS = 3
 """A sync that the kernel refuses is planned anew, from what the kernel holds then, so many times in all."""
-
-
-@dataclass
-class Report:
-    """What a sync did, as counters of kernel writes, and how long it took, in seconds by stage."""
-
-    sets_created: int = 0
-    sets_destroyed: int = 0
-    members_added: int = 0
-    members_deleted: int = 0
-    transactions: int = 0
-    chains_written: int = 0
-    chains_removed: int = 0
-    jumps_set: int = 0
-    connections_forgotten: int = 0
-    attempts: int = 1
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, other: Report) -> None:
-        """Add another report's writes."""
-        for name, value in vars(other).items():
-            if isinstance(value, int) and name != "attempts":
-                setattr(self, name, getattr(self, name) + value)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time that the block takes to a stage."""
-        begin = perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - begin
-
-    @property
-    def writes(self) -> int:
-        """Kernel writes in all; 0 means that nothing was touched."""
-        return (
-            self.sets_created
-            + self.sets_destroyed
-            + self.members_added
-            + self.members_deleted
-            + self.transactions
-            + self.connections_forgotten
-        )
 
 
 class Dataplane:
@@ -106,14 +63,38 @@ class Dataplane:
         self.options = options
         self.families = tuple(families if families is not None else present_families())
         self._ipset = Ipset()
+        self._notices: Notices | None = None
         self._mirror: Applied | None = None
         self._released: set[Address] = set()  # by a sync that the kernel refused: still to be forgotten
         self._known: frozenset[Address] | None = None  # addresses of the node's pods at the last sync
         self._unused: dict[str, float] = {}  # sets to destroy, and from when on it is tried
         self._linger = linger
+        self._transactions = 0  # of ours that nf_tables has told of, or will
 
     def close(self) -> None:
         self._ipset.close()
+        if self._notices is not None:
+            self._notices.close()
+
+    @property
+    def applied(self) -> Applied | None:
+        """The mirror: what the kernel holds of ours, None when that is not known."""
+        return self._mirror
+
+    def listen(self) -> int | None:
+        """Listen to notices of nf_tables; a file that becomes readable with them, None where there are none."""
+        if self.backend.name == "nft" and self._notices is None:
+            with suppress(OSError):
+                self._notices = Notices()
+        return self._notices.fileno() if self._notices is not None else None
+
+    def disturbed(self) -> bool:
+        """Whether somebody else wrote to our chains or to FORWARD since we asked last, as far as the kernel tells."""
+        if self._notices is None:
+            return False
+        told, made = self._notices.transactions(), self._transactions
+        self._transactions = 0
+        return told is None or told > made
 
     def read(self) -> Applied:
         """What the kernel holds of ours now. Raises KernelError."""
@@ -225,6 +206,7 @@ class Dataplane:
             answers = backend.write(transactions)
             for transaction, answer in zip(transactions, answers):
                 if answer is None:
+                    self._transactions += backend.name == "nft"
                     _count(report, transaction)
                     record(mirror, transaction)
             for answer in answers:

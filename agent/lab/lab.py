@@ -9,10 +9,11 @@ from time import perf_counter
 from agent.core.inventory import Inventory
 from agent.core.node import Node
 from agent.core.objects import Pod
-from agent.dataplane.dataplane import Dataplane, Report
+from agent.dataplane.dataplane import Dataplane
 from agent.dataplane.environment import problems
 from agent.dataplane.iptables import Backend
 from agent.dataplane.render import OPTIONS, Options
+from agent.dataplane.report import Report
 from agent.lab import services
 from agent.lab.expectation import Expectation
 from agent.lab.fabric import Fabric, attach, build

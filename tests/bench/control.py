@@ -21,9 +21,10 @@ from agent.core.node import Node
 from agent.core.objects import decode_pod
 from agent.core.rules import PeerSet, SetKind
 from agent.dataplane import ipset
-from agent.dataplane.dataplane import Dataplane, Report
+from agent.dataplane.dataplane import Dataplane
 from agent.dataplane.iptables import Backend
 from agent.dataplane.plan import AddMembers, CreateSet, DeleteMembers
+from agent.dataplane.report import Report
 from agent.lab.namespaces import CLONE_NEWNET, unshare
 from tests.bench.measure import Watch, memory, settle, spread
 from tests.bench.world import APPLY, LOCAL, REPLICAS, World, policy_bytes, read

@@ -372,7 +372,8 @@ def test_play(mode: str) -> None:
 def test_play_is_1_when_packets_and_policies_differ() -> None:
     """A dataplane that programs nothing."""
     script = (
-        "import sys; from agent.dataplane.dataplane import Dataplane, Report; from agent.cli.main import main;"
+        "import sys; from agent.dataplane.dataplane import Dataplane; from agent.dataplane.report import Report;"
+        "from agent.cli.main import main;"
         f"Dataplane.sync = lambda *_: Report(); sys.argv[1:] = ['lab', 'play', {str(CLIENT_AND_SERVER)!r}]; main()"
     )
     done = subprocess.run(

@@ -8,9 +8,10 @@ from types import TracebackType
 from typing import Any
 
 from agent.core.node import Node
-from agent.dataplane.dataplane import Dataplane, Report
+from agent.dataplane.dataplane import Dataplane
 from agent.dataplane.iptables import Backend
 from agent.dataplane.render import OPTIONS, ipset_text, iptables_text
+from agent.dataplane.report import Report
 from tests.dataplane.kernel import FAMILIES, ours_of
 from tests.nodes import change, node_of
 from tests.tracer import Sets, Tables

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from agent.dataplane.dataplane import Report
+from agent.dataplane.report import Report
 from tests.dataplane.kernel import Kernel, generation
 from tests.dataplane.scenes import Agent, Object, cluster, desired, edited, pod, pods_with, policy, without
 from tests.worlds import random_event, random_world

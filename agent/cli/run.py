@@ -1,0 +1,175 @@
+"""`run`: the agent in a cluster."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import closing
+
+import click
+
+from agent.cli.options import backend_option, chosen_backend, multicast_option, waiting_for
+from agent.dataplane.dataplane import Dataplane
+from agent.dataplane.lock import only_writer
+from agent.dataplane.render import Options
+from agent.kube.connection import Connection, configuration_source
+from agent.kube.events import Announcer
+from agent.loop import logs
+from agent.loop.agent import Agent
+from agent.loop.health import Health
+from agent.loop.inbox import Inbox
+from agent.loop.metrics import Metrics
+from agent.loop.npm import ClusterMetrics, NodeMetrics
+from agent.loop.server import Address, Answer, Paths, Server, health_paths, metrics_path
+from agent.loop.watching import Watching
+
+LINGER = 1.0
+"""Seconds that a set outlives its last rule, for other programs that list rules."""
+PATIENCE = 60.0
+"""Seconds that we wait for another writer to end: in a rolling update, the one before us."""
+SWITCH = 0.001
+"""Seconds after which a thread that decodes lets the writer have its turn."""
+
+
+class _Listen(click.ParamType["Address | None"]):
+    name = "host:port"
+
+    def convert(
+        self, value: str | Address | None, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Address | None:
+        if value in ("", "off") or not isinstance(value, str):
+            return value if isinstance(value, Address) else None
+        try:
+            return Address.parse(value)
+        except ValueError as error:
+            self.fail(f"{error}; or off", param, ctx)
+
+
+_LISTEN = _Listen()
+
+
+@click.command()
+@click.option(
+    "--node",
+    "node_name",
+    required=True,
+    envvar="NODE_NAME",
+    show_envvar=True,
+    help="The node whose pods are judged here, as in spec.nodeName.",
+)
+@click.option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG, the pod's service account, ~/.kube/config.")
+@click.option("--context", metavar="NAME", help="Context of the kubeconfig.")
+@backend_option
+@multicast_option
+@click.option(
+    "--health-address",
+    type=_LISTEN,
+    default="127.0.0.1:10093",
+    show_default=True,
+    help="Where /livez and /readyz are served; off for nowhere.",
+)
+@click.option(
+    "--metrics-address",
+    type=_LISTEN,
+    default="127.0.0.1:10092",
+    show_default=True,
+    help="Where /metrics is served; off for nowhere. Prometheus needs an address of the node that it can reach.",
+)
+@click.option(
+    "--npm-metrics-address",
+    type=_LISTEN,
+    default="off",
+    show_default=True,
+    help="Where Azure NPM's /node-metrics and /cluster-metrics are served; its port was 10091.",
+)
+@click.option(
+    "--resync",
+    type=click.FloatRange(min=1),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often the kernel is read to find what others changed; nftables tells at once besides.",
+)
+@click.option("--cleanup-on-exit", is_flag=True, help="Take rules and sets away at SIGTERM; else they stay in force.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--log-level", type=click.Choice(["info", "warning", "error"]), default="info", show_default=True)
+def run(
+    node_name: str,
+    kubeconfig: str | None,
+    context: str | None,
+    backend: str,
+    allow_multicast: bool,
+    health_address: Address | None,
+    metrics_address: Address | None,
+    npm_metrics_address: Address | None,
+    resync: float,
+    cleanup_on_exit: bool,
+    log_format: str,
+    log_level: str,
+) -> None:
+    """Watch the cluster, and enforce its policies on the pods of this node, in the current network namespace.
+
+    Nothing is written before all namespaces, pods and policies are known; what an earlier run left stays in force until
+    then, and is adopted. SIGTERM and SIGINT end within a second, and leave the rules in force.
+
+    \b
+    Examples:
+      netpol-agent run --node "$(hostname)"
+      netpol-agent run --node node1 --kubeconfig admin.conf --metrics-address 192.168.1.11:10092 --log-format json
+
+    Exit codes: 0 told to stop; 2 usage; 3 no configuration, an address that cannot be listened on, or the kernel kept
+    refusing. What is enforced stays in any case.
+    """
+    sys.setswitchinterval(SWITCH)
+    logs.configure(log_format, log_level)
+    connection = Connection(configuration_source(kubeconfig, context))
+    inbox = Inbox()
+    metrics, npm = Metrics(inbox), NodeMetrics()
+    watching = Watching(connection, inbox, metrics)
+    health = Health(watching.reasons)
+    metrics.ready.set_function(lambda: float(not health.reasons()))
+    metrics.in_sync.set_function(lambda: float(watching.complete))
+    metrics.unenforceable.set_function(lambda: float(len(health.unenforceable)))
+    announcer = Announcer(connection, node_name, lambda result: metrics.posted.labels(result).inc())
+    dataplane = Dataplane(chosen_backend(backend), options=Options(multicast=allow_multicast), linger=LINGER)
+    agent = Agent(
+        node_name,
+        dataplane,
+        inbox,
+        watching,
+        metrics=metrics,
+        npm=npm,
+        health=health,
+        announcer=announcer,
+        resync=resync,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    _serve(
+        (health_address, health_paths(health)),
+        (metrics_address, metrics_path("/metrics", metrics.registry)),
+        (npm_metrics_address, metrics_path("/node-metrics", npm.registry)),
+        (npm_metrics_address, metrics_path("/cluster-metrics", ClusterMetrics(metrics).registry)),
+    )
+    with closing(dataplane), only_writer(PATIENCE, waiting_for):
+        watching.start()
+        announcer.start()
+        agent.run()
+        watching.stop()
+        announcer.stop()
+        if cleanup_on_exit:
+            dataplane.clean()
+
+
+def _serve(*wanted: tuple[Address | None, Paths]) -> None:
+    """One server for each address, with the paths of all that are wanted there."""
+    servers: dict[Address, dict[str, Callable[[], Answer]]] = {}
+    for address, paths in wanted:
+        if address is not None:
+            servers.setdefault(address, {}).update(paths)
+    for address, paths in servers.items():
+        try:
+            Server(address, paths).start()
+        except OSError as error:
+            raise OSError(f"cannot listen on {address}: {error.strerror}") from error

@@ -1,0 +1,1 @@
+"""The cluster's API: connection, reflectors that follow it, Events that tell it."""

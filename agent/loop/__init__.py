@@ -1,0 +1,1 @@
+"""The live agent: one queue in, one writer, and what operators see of it."""

@@ -1,0 +1,317 @@
+"""The live agent: one writer that takes what waits, brings the node's state up to date, and the kernel with it.
+
+Invariants: nothing is written before all kinds are known. What is enforced stays when the API goes away, when the
+kernel refuses, and when this process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from select import POLLIN, poll
+from time import monotonic, perf_counter
+from typing import TypeVar
+
+from agent.core.node import Node
+from agent.core.objects import Namespace, Pod
+from agent.core.policy import Policy
+from agent.dataplane.applied import dispatched
+from agent.dataplane.dataplane import Dataplane
+from agent.dataplane.environment import problems
+from agent.dataplane.errors import KernelError
+from agent.dataplane.report import Report, plural
+from agent.kube.events import Announcer
+from agent.kube.kinds import NAMESPACE, NETWORK_POLICY, POD
+from agent.loop.health import Health
+from agent.loop.inbox import Batch, Inbox
+from agent.loop.logs import log
+from agent.loop.metrics import Metrics, count_invalid, measure
+from agent.loop.npm import NodeMetrics
+from agent.loop.watching import Watching
+
+TURN = 1.0
+"""Seconds after which the writer comes round, if nothing happens."""
+LOOK = 60.0
+"""Seconds between two looks at what of this host passes by the rules."""
+REFUSALS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0)
+"""Seconds between tries while the kernel refuses; then the process ends."""
+QUIET = 0.2
+"""Seconds that somebody who writes to our chains is given to finish, before we look: a flush is followed by more."""
+TOLD = 20
+"""Policies that a log line names at most."""
+
+T = TypeVar("T")
+
+
+class Agent:
+    """Call `run` in the thread and network namespace of the dataplane; `stop` from anywhere."""
+
+    def __init__(
+        self,
+        node: str,
+        dataplane: Dataplane,
+        inbox: Inbox,
+        watching: Watching,
+        *,
+        metrics: Metrics,
+        npm: NodeMetrics,
+        health: Health,
+        announcer: Announcer,
+        resync: float,
+    ) -> None:
+        self.node = Node(node)
+        self._dataplane = dataplane
+        self._inbox = inbox
+        self._watching = watching
+        self._metrics = metrics
+        self._npm = npm
+        self._health = health
+        self._announcer = announcer
+        self._resync = resync
+        self._stopping = False
+        self._adopted = False  # whether the kernel was brought to what we know, at least once
+        self._findings: dict[str, list[str]] = {}  # ids of what is wrong with a policy
+        self._first_sight: dict[str, float] = {}  # when pods of this node, not yet isolated, got an address
+        self._counted = 0.0
+
+    def stop(self) -> None:
+        """End after the sync that is under way; safe in a signal handler."""
+        self._stopping = True
+        self._inbox.wake()
+
+    def run(self) -> None:
+        """Until `stop`. Raises KernelError when the kernel refuses to the last; what is enforced stays."""
+        waiting = poll()
+        waiting.register(self._inbox.fileno(), POLLIN)
+        notices = self._dataplane.listen()
+        if notices is not None:
+            waiting.register(notices, POLLIN)
+        gc.disable()  # until everything is known: all of it stays
+        due = look = monotonic()
+        while not self._stopping:
+            told = {file for file, _ in waiting.poll(TURN * 1000)}
+            self._health.turned()
+            complete = self._watching.complete  # asked first: what makes it so is in the inbox then
+            batch = self._inbox.take()
+            self._apply(batch)
+            if not self._adopted:
+                if complete and self._adopt():
+                    due = monotonic() + self._resync
+                self._count()
+                continue
+            if batch:
+                self._enforce(batch)
+            if notices in told and self._dataplane.disturbed():
+                self._pause(QUIET)
+                self._repair("notice")
+                due = monotonic() + self._resync
+            if monotonic() >= due:
+                self._repair("timer")
+                due = monotonic() + self._resync
+            if monotonic() >= look:
+                self._look()
+                look = monotonic() + LOOK
+            self._count()
+
+    # --- objects -----------------------------------------------------------------------------------------------------
+
+    def _apply(self, batch: Batch) -> None:
+        """Take in what each object is now."""
+        begin = perf_counter()
+        node = self.node
+        for (kind, key), (value, since) in batch.items():
+            if kind == POD.name:
+                self._apply_pod(key, value, since)
+            elif kind == NAMESPACE.name:
+                if isinstance(value, Namespace):
+                    node.apply_namespace(value)
+                else:
+                    node.delete_namespace(key)
+            elif isinstance(value, Policy):
+                self._note_findings(value)
+                node.apply_policy(value)
+            else:
+                self._findings.pop(key, None)
+                self._announcer.forget(key)
+                node.delete_policy(key)
+        if batch and self._adopted:
+            self._metrics.stage.labels("event").observe(begin - min(change.since for change in batch.values()))
+            self._metrics.stage.labels("state").observe(perf_counter() - begin)
+
+    def _apply_pod(self, key: str, value: object, since: float) -> None:
+        node = self.node
+        if not isinstance(value, Pod):
+            self._first_sight.pop(key, None)
+            node.delete_pod(key)
+            return
+        if self._adopted and value.node == node.cluster.node and value.live and not value.host_network:
+            before = node.cluster.pods.get(key)
+            if before is None or before.uid != value.uid or before.addresses != value.addresses:
+                self._first_sight[key] = since
+        node.apply_pod(value)
+
+    def _note_findings(self, policy: Policy) -> None:
+        ids = [finding.id for finding in policy.findings]
+        if ids:
+            self._findings[policy.key] = ids
+            for finding in policy.findings:
+                log(logging.WARNING, str(finding), policy=policy.key, id=finding.id)
+        elif self._findings.pop(policy.key, None):
+            log(logging.INFO, f"NetworkPolicy {policy.key}: is enforced as written now", policy=policy.key)
+        self._announcer.announce(policy)
+
+    # --- the kernel --------------------------------------------------------------------------------------------------
+
+    def _adopt(self) -> bool:
+        """Bring the kernel from what an earlier run left to what is desired; False when that must wait."""
+        node = self.node
+        if not any(pod.local for pod in node.cluster.pods.values()) and self._would_open():
+            return False
+        begin = perf_counter()
+        report = self._sync()
+        if report is None:
+            return False
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+        self._adopted = True
+        self._look()
+        report.add(self._dataplane.leave_other_backend())
+        self._count(now=True)
+        sizes = self._metrics.sizes
+        log(
+            logging.INFO,
+            f"enforcing: {sizes.enforced_policies} of {plural(sizes.policies, 'policy')} in force on this node, "
+            f"{sizes.isolated_pods} of {plural(sizes.local_pods, 'pod')} isolated; "
+            f"{report if report.writes else 'as an earlier run left it: 0 kernel writes'}",
+            writes=report.writes,
+            seconds=round(perf_counter() - begin, 4),
+        )
+        return True
+
+    def _would_open(self) -> bool:
+        """Whether there is no pod at all on a node that isolates some: its name may be mistyped."""
+        applied = self._insist(self._dataplane.read)
+        isolated = {address for table in applied.tables.values() for address in dispatched(table)} if applied else set()
+        if isolated:
+            self._health.enforcing = (
+                f"no pod of the cluster is on node {self.node.cluster.node}, and {plural(len(isolated), 'address')} "
+                "isolated here would be opened: is --node right? If it is, stop, and run clean first"
+            )
+            log(logging.ERROR, self._health.enforcing)
+        return applied is None or bool(isolated)
+
+    def _enforce(self, batch: Batch) -> None:
+        report = self._sync()
+        if report is None:
+            return
+        now = perf_counter()
+        if report.writes:
+            for change in batch.values():
+                self._metrics.latency.observe(now - change.since)
+            self._tell(batch, report, now)
+        if self._first_sight:
+            self._note_isolated(now)
+
+    def _sync(self, *, from_kernel: bool = False) -> Report | None:
+        """Compile, and write. None when we are told to stop before it is done."""
+
+        def work() -> Report:
+            begin = perf_counter()
+            self.node.compile()
+            self._metrics.stage.labels("compile").observe(perf_counter() - begin)
+            return self._dataplane.resync(self.node) if from_kernel else self._dataplane.sync(self.node)
+
+        report = self._insist(work)
+        if report is not None:
+            self._health.enforcing = ""
+            self._metrics.synced(report)
+            self._note_times(report)
+        return report
+
+    def _insist(self, work: Callable[[], T]) -> T | None:
+        """Try again while the kernel refuses, with what is newest then; None when we are told to stop meanwhile.
+
+        Raises KernelError in the end."""
+        for pause in (*REFUSALS, None):
+            try:
+                return work()
+            except KernelError as error:
+                self._metrics.failures.inc()
+                self._health.enforcing = f"the kernel refuses: {error}"
+                if pause is None:
+                    raise
+                log(logging.ERROR, f"{error} Enforcement stays as it was.", next_try_seconds=pause)
+            self._pause(pause)
+            if self._stopping:
+                break
+            self._apply(self._inbox.take())
+        return None
+
+    def _repair(self, cause: str) -> None:
+        """Read the kernel, and put right what somebody else changed."""
+        self._metrics.drift_checks.labels(cause).inc()
+        report = self._sync(from_kernel=True)
+        if report is not None and report.writes - report.sets_destroyed:
+            self._metrics.drift_found.labels(cause).inc()
+            self._metrics.drift_repaired.labels(cause).inc()
+            log(logging.WARNING, f"drift: somebody changed what we had programmed; repaired: {report}")
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, and stay alive, unless we are told to stop."""
+        until = monotonic() + seconds
+        waiting = poll()
+        while not self._stopping and (left := until - monotonic()) > 0:
+            self._health.turned()
+            waiting.poll(min(left, 0.1) * 1000)
+
+    # --- what operators see ------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        found = problems(self.node)
+        for problem in found:
+            log(logging.ERROR, problem)
+        self._health.unenforceable = found
+
+    def _count(self, *, now: bool = False) -> None:
+        """Sizes for the metrics, once a second at most."""
+        if now or monotonic() - self._counted >= TURN:
+            self._metrics.sizes = measure(self.node, self._dataplane.applied, count_invalid(self._findings.values()))
+            self._counted = monotonic()
+
+    def _note_times(self, report: Report) -> None:
+        """For NPM's dashboards: the mean of what one of each took."""
+        seconds = report.seconds
+        if report.sets_created:
+            self._npm.ipset.observe(seconds.get("sets", 0.0) / report.sets_created, report.sets_created)
+        if report.chains_written:
+            self._npm.rule.observe(seconds.get("rules", 0.0) / report.chains_written, report.chains_written)
+
+    def _note_isolated(self, now: float) -> None:
+        """Pods of this node that have got their first address, and are isolated now."""
+        isolated = {pod for table in self.node.dispatch.values() for one in table.values() for pod in one.pods.split()}
+        for key, since in self._first_sight.items():
+            if key in isolated:
+                self._metrics.isolation.observe(now - since)
+                log(logging.INFO, f"pod {key} is isolated, {(now - since) * 1000:.1f} ms after its address was seen")
+        self._first_sight.clear()
+
+    def _tell(self, batch: Batch, report: Report, now: float) -> None:
+        """One line for a change of rules; peers that come and go are for the metrics."""
+        policies = [key for (kind, key), change in batch.items() if kind == NETWORK_POLICY.name]
+        if policies:
+            self._npm.policy.observe(now - min(change.since for change in batch.values()), len(policies))
+        if report.transactions:
+            slowest = (now - min(change.since for change in batch.values())) * 1000
+            cause = f"NetworkPolicy {_some(policies)}" if policies else plural(len(batch), "changed object")
+            log(
+                logging.INFO,
+                f"{cause}: {report}; in force {slowest:.1f} ms after the first was seen",
+                milliseconds=round(slowest, 2),
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(sorted(names)[:TOLD])
+    return f"{shown} and {len(names) - TOLD} more" if len(names) > TOLD else shown

@@ -1,0 +1,79 @@
+"""The log: a line for each change that matters, as text or JSON; repeats are told once a minute, with their number."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+import msgspec
+
+LOGGER = logging.getLogger("netpol-agent")
+REPEAT_SECONDS = 60.0
+REMEMBERED = 1000
+"""Different lines that are remembered, so that their repeats are held back."""
+
+
+def log(level: int, message: str, **fields: object) -> None:
+    """One line; `fields` are for those who read it by program."""
+    LOGGER.log(level, "%s", message, extra={"fields": fields})
+
+
+def configure(form: str, level: str) -> None:
+    """Write the log to standard error, as `text` or `json`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if form == "json" else _Text())
+    handler.addFilter(Repeats())
+    logging.captureWarnings(True)
+    for logger in (LOGGER, logging.getLogger()):
+        logger.handlers = [handler]
+        logger.propagate = False
+    LOGGER.setLevel(level.upper())
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+class Repeats(logging.Filter):
+    """Lets a line through when it was not told within the last minute; the next one says how many were held back."""
+
+    def __init__(self, seconds: float = REPEAT_SECONDS) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self._told: dict[str, tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        now = time.monotonic()
+        last, held = self._told.pop(text, (now - self._seconds, 0))
+        if now - last < self._seconds:
+            self._told[text] = last, held + 1
+            return False
+        self._told[text] = now, 0
+        while len(self._told) > REMEMBERED:
+            del self._told[next(iter(self._told))]
+        if held:
+            record.msg, record.args = "%s (and %d times more in the last minutes)", (text, held)
+        return True
+
+
+def _time(record: logging.LogRecord) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    return dict(getattr(record, "fields", {}))
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{_time(record)} {record.levelname:7} {record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": _time(record), "level": record.levelname.lower(), "message": record.getMessage()}
+        line |= _fields(record)
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line, enc_hook=str).decode()
