@@ -157,9 +157,9 @@ class Reflector:
                         self._take(event)
                 yield event
         except Refused as error:
-            if error.status not in (400, 422):
+            if error.status in (401, 403, 404, 410, 429) or self._version:
                 raise
-            self._streams = False  # an older server, or one where the feature is off
+            self._streams = False  # an older server, or etcd, or the feature is off; none says it in one way
             return
         if found is not None:
             raise Broken("the stream ended before its list was whole")

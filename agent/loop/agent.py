@@ -92,6 +92,7 @@ class Agent:
         while not self._stopping:
             told = {file for file, _ in waiting.poll(TURN * 1000)}
             self._health.turned()
+            disturbed = notices in told and self._dataplane.disturbed()
             complete = self._watching.complete  # asked first: what makes it so is in the inbox then
             batch = self._inbox.take()
             self._apply(batch)
@@ -102,7 +103,7 @@ class Agent:
                 continue
             if batch:
                 self._enforce(batch)
-            if notices in told and self._dataplane.disturbed():
+            if disturbed:
                 self._pause(QUIET)
                 self._repair("notice")
                 due = monotonic() + self._resync
