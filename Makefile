@@ -8,7 +8,7 @@ SCENARIO ?= all
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help packages venv demo test unit lint bench clean
+.PHONY: help packages venv prometheus demo test unit lint bench clean
 
 help:
 	@echo 'make demo [SCENARIO=a|b|c]   play the scenarios: real packets through real rules, beside what the policies say'
@@ -28,13 +28,16 @@ $(VENV)/.ready: pyproject.toml deploy/constraints.txt deploy/venv
 
 venv: $(VENV)/.ready
 
+prometheus: venv
+	@VENV='$(VENV)' deploy/prometheus
+
 demo: packages venv
 	@SCENARIO='$(SCENARIO)' NETPOL_AGENT='$(BIN)/netpol-agent' deploy/demo
 
-test: packages venv
+test: packages venv prometheus
 	@$(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTS)
 
-unit: venv
+unit: venv prometheus
 	@$(BIN)/pytest -n $(JOBS) -m 'not root' $(TESTS)
 
 lint: venv

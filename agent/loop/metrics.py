@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from time import time
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -78,6 +78,7 @@ class Metrics(Collector):
     """All of `/metrics`. Counters are set by whoever sees what they count; sizes are the writer's last `Sizes`."""
 
     def __init__(self, queue: Sized) -> None:
+        disable_created_metrics()  # a second series for each of ours, that nobody asked for
         self.registry = registry = CollectorRegistry()
         self.sizes = Sizes()
         self._queue = queue
