@@ -1,0 +1,1 @@
+"""Benchmarks against a real API server: what is loaded into it, the node beside it, and what is measured there."""
