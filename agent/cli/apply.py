@@ -101,12 +101,11 @@ def _refuse_to_open(dataplane: Dataplane, node_name: str) -> None:
 def count(node: Node) -> Counts:
     """The sizes of a node's desired state."""
     cluster = node.cluster
-    isolated = {pod for table in node.dispatch.values() for dispatch in table.values() for pod in dispatch.pods.split()}
     return Counts(
-        policies=len({k for chain in node.chains.values() for k in chain.rules[-1].origin.policies}),
+        policies=len(node.enforced_policies),
         pods=len(cluster.pods),
         local_pods=sum(1 for pod in cluster.pods.values() if pod.local and pod.group is not None),
-        isolated_pods=len(isolated),
+        isolated_pods=len(node.isolated_pods),
         sets=len(node.sets.active),
         members=sum(len(set(active.members())) for active in node.sets.active.values()),
         chains=len(node.chains),

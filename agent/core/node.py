@@ -68,6 +68,16 @@ class Node:
         """Whether any pod of the node is isolated, in whatever family and direction."""
         return any(self.dispatch.values())
 
+    @property
+    def isolated_pods(self) -> set[str]:
+        """namespace/name of this node's pods that are isolated in a family and direction."""
+        return {pod for table in self.dispatch.values() for one in table.values() for pod in one.pods.split()}
+
+    @property
+    def enforced_policies(self) -> set[str]:
+        """namespace/name of the policies that isolate a pod of this node."""
+        return {key for chain in self.chains.values() for key in chain.rules[-1].origin.policies}
+
     # --- events ------------------------------------------------------------------------------------------------------
 
     def apply_namespace(self, namespace: Namespace) -> None:

@@ -5,6 +5,7 @@ ApiError
 ├── Refused         an answer with a status that is none of success
 │   └── Gone        410: the version that we know is compacted; list again
 ├── Broken          an answer that cannot be read, was cut, or went silent
+├── Defect          a mistake of ours in the handling of an answer
 └── NoConfiguration nothing says where the API server is
 """
 
@@ -28,6 +29,12 @@ class Unreachable(ApiError):
     """The API server did not answer."""
 
     kind = "unreachable"
+
+
+class Defect(ApiError):
+    """We failed ourselves; said with its trace, and tried again from a new list."""
+
+    kind = "defect"
 
 
 class Broken(ApiError):

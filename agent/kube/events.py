@@ -86,6 +86,8 @@ class Announcer:
                 pause = error.retry_after or 1.0
             except ApiError:
                 pause = 1.0
+            except Exception:  # whatever it is, it must not end the thread
+                return "failed"
             self._stop.wait(pause * (attempt + 1))
         return "failed"
 

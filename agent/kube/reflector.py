@@ -17,7 +17,7 @@ import msgspec
 
 from agent.core.findings import Finding
 from agent.kube.connection import Connection
-from agent.kube.errors import ApiError, Broken, Gone, Refused, Unreachable
+from agent.kube.errors import ApiError, Broken, Defect, Gone, Refused, Unreachable
 from agent.kube.kinds import Kind, Object
 from agent.kube.wire import Bookmark, Changed, Deleted, Event, Head, read_line, read_page
 
@@ -122,6 +122,11 @@ class Reflector:
             return error
         except ApiError as error:
             return error
+        except Exception as error:  # a thread that dies would leave its kind as it is for ever, and nobody would know
+            self._version = ""
+            defect = Defect(f"{type(error).__name__}: {error}")
+            defect.__cause__ = error
+            return defect
         self._fruitless = 0
         return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from select import POLLIN, poll
 from time import monotonic, perf_counter
 from typing import TypeVar
@@ -37,9 +37,9 @@ LOOK = 60.0
 REFUSALS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0)
 """Seconds between tries while the kernel refuses; then the process ends."""
 QUIET = 0.2
-"""Seconds that somebody who writes to our chains is given to finish, before we look: a flush is followed by more."""
-TOLD = 20
-"""Policies that a log line names at most."""
+"""Seconds between two looks at the kernel because somebody else writes to our chains, and goes on writing."""
+TOLD = 5
+"""Objects that a log line names at most."""
 
 T = TypeVar("T")
 
@@ -88,11 +88,13 @@ class Agent:
         if notices is not None:
             waiting.register(notices, POLLIN)
         gc.disable()  # until everything is known: all of it stays
-        due = look = monotonic()
+        due = look = repaired = monotonic()
+        disturbed = False
         while not self._stopping:
-            told = {file for file, _ in waiting.poll(TURN * 1000)}
+            rest = max(0.0, repaired + QUIET - monotonic()) if disturbed else TURN
+            told = {file for file, _ in waiting.poll(rest * 1000)}
             self._health.turned()
-            disturbed = notices in told and self._dataplane.disturbed()
+            disturbed |= notices in told and self._dataplane.disturbed()
             complete = self._watching.complete  # asked first: what makes it so is in the inbox then
             batch = self._inbox.take()
             self._apply(batch)
@@ -103,13 +105,11 @@ class Agent:
                 continue
             if batch:
                 self._enforce(batch)
-            if disturbed:
-                self._pause(QUIET)
-                self._repair("notice")
-                due = monotonic() + self._resync
-            if monotonic() >= due:
-                self._repair("timer")
-                due = monotonic() + self._resync
+            cause = "timer" if monotonic() >= due else "notice"
+            if cause == "timer" or (disturbed and monotonic() >= repaired + QUIET):
+                self._repair(cause)
+                repaired, disturbed = monotonic(), False
+                due = repaired + self._resync
             if monotonic() >= look:
                 self._look()
                 look = monotonic() + LOOK
@@ -291,7 +291,7 @@ class Agent:
 
     def _note_isolated(self, now: float) -> None:
         """Pods of this node that have got their first address, and are isolated now."""
-        isolated = {pod for table in self.node.dispatch.values() for one in table.values() for pod in one.pods.split()}
+        isolated = self.node.isolated_pods
         for key, since in self._first_sight.items():
             if key in isolated:
                 self._metrics.isolation.observe(now - since)
@@ -305,14 +305,10 @@ class Agent:
             self._npm.policy.observe(now - min(change.since for change in batch.values()), len(policies))
         if report.transactions:
             slowest = (now - min(change.since for change in batch.values())) * 1000
-            cause = f"NetworkPolicy {_some(policies)}" if policies else plural(len(batch), "changed object")
+            named = [f"{kind} {key}" for kind, key in batch]
+            cause = ", ".join(sorted(named)) if len(named) <= TOLD else plural(len(named), "changed object")
             log(
                 logging.INFO,
                 f"{cause}: {report}; in force {slowest:.1f} ms after the first was seen",
                 milliseconds=round(slowest, 2),
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(sorted(names)[:TOLD])
-    return f"{shown} and {len(names) - TOLD} more" if len(names) > TOLD else shown

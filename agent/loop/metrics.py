@@ -54,7 +54,6 @@ def measure(node: Node, applied: Applied | None, invalid: Mapping[str, int]) -> 
     cluster = node.cluster
     tables = applied.tables.values() if applied else ()
     sets = applied.sets if applied else {}
-    isolated = {pod for table in node.dispatch.values() for dispatch in table.values() for pod in dispatch.pods.split()}
     entries = {name: len(one.members) for name, one in sets.items()}
     return Sizes(
         namespaces=len(cluster.namespaces),
@@ -62,9 +61,9 @@ def measure(node: Node, applied: Applied | None, invalid: Mapping[str, int]) -> 
         local_pods=len(
             {holder.key for address in cluster.judged for holder in cluster.holders(address) if holder.local}
         ),
-        isolated_pods=len(isolated),
+        isolated_pods=len(node.isolated_pods),
         policies=len(node.policies.policies),
-        enforced_policies=len({key for chain in node.chains.values() for key in chain.rules[-1].origin.policies}),
+        enforced_policies=len(node.enforced_policies),
         chains=sum(len(table.chains) for table in tables),
         rules=sum(len(table.jumps) + sum(map(len, table.chains.values())) for table in tables),
         sets=len(sets),
@@ -78,7 +77,7 @@ class Metrics(Collector):
     """All of `/metrics`. Counters are set by whoever sees what they count; sizes are the writer's last `Sizes`."""
 
     def __init__(self, queue: Sized) -> None:
-        disable_created_metrics()  # a second series for each of ours, that nobody asked for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each of ours
         self.registry = registry = CollectorRegistry()
         self.sizes = Sizes()
         self._queue = queue

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from agent.core.findings import Finding
 from agent.kube.connection import Connection
-from agent.kube.errors import ApiError, Gone, Refused
+from agent.kube.errors import ApiError, Defect, Gone, Refused
 from agent.kube.kinds import KINDS, Object
 from agent.kube.reflector import Patience, Reflector
+from agent.loop import logs
 from agent.loop.inbox import Inbox
 from agent.loop.logs import log
 from agent.loop.metrics import Metrics
@@ -90,8 +91,10 @@ class Watching:
         self._metrics.watch_restarts.labels(kind, error.kind).inc()
         before = self._faults.get(kind)
         self._faults[kind] = Fault(error, advice, before.since if before else monotonic())
-        expected = isinstance(error, Gone)
-        log(logging.INFO if expected else logging.WARNING, f"{kind}: {told(error, advice)}", kind=kind)
+        level = logging.INFO if isinstance(error, Gone) else logging.WARNING
+        log(level, f"{kind}: {told(error, advice)}", kind=kind)
+        if isinstance(error, Defect):
+            logs.LOGGER.error("this is a defect of netpol-agent", exc_info=error.__cause__)
 
     def unreadable(self, kind: str, finding: Finding) -> None:
         self._metrics.unreadable.labels(kind).inc()
@@ -100,5 +103,5 @@ class Watching:
 
 def told(error: ApiError, advice: str) -> str:
     """An error with its advice, as one sentence."""
-    prefix = "" if isinstance(error, Refused) else "no answer from the API server: "
+    prefix = "" if isinstance(error, Refused | Defect) else "no answer from the API server: "
     return f"{prefix}{error}; {advice}" if advice else f"{prefix}{error}"
