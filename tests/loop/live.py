@@ -78,6 +78,12 @@ class Live:
         for one in objects:
             self.inbox.put(*key_of(one), None)
 
+    def become(self, before: Iterable[Object], after: Iterable[Object]) -> None:
+        """The watch events that lead from some objects to others."""
+        old, new = ({key_of(o): o for o in objects} for objects in (before, after))
+        self.gone(*(o for key, o in old.items() if key not in new))
+        self.put(*(o for key, o in new.items() if old.get(key) != o))
+
     def begin(self, objects: Iterable[Object]) -> None:
         """The first lists, to the end."""
         self.put(*objects)

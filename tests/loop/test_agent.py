@@ -28,7 +28,7 @@ from tests.dataplane.scenes import (
 )
 from tests.dataplane.test_refusals import tools
 from tests.loop.live import Live
-from tests.nodes import key_of, node_of
+from tests.nodes import node_of
 from tests.windows import field
 
 pytestmark = pytest.mark.root
@@ -157,9 +157,7 @@ def test_random_events_end_where_a_fresh_start_would(kernel: Kernel, rng: random
         for _ in range(8):
             for _ in range(rng.randrange(1, 12)):
                 _, after = worlds.random_event(rng, world)
-                old, new = ({key_of(o): o for o in objects} for objects in (world, after))
-                live.gone(*(o for key, o in old.items() if key not in new))
-                live.put(*(o for key, o in new.items() if old.get(key) != o))
+                live.become(world, after)
                 world = after
             live.settle()
             assert kernel.ours() == desired(node_of(world, field.NODE))

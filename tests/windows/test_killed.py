@@ -13,8 +13,8 @@ from typing import NoReturn
 import pytest
 
 from tests import worlds
-from tests.dataplane.scenes import Agent
 from tests.lab.world import BACKENDS, needs_root
+from tests.loop.live import Live
 from tests.nodes import Kernel, change, node_of
 from tests.windows.agents import Writer, under_flood
 from tests.windows.field import NODE, Asked, Field
@@ -56,19 +56,24 @@ def _writes(before: Objects, after: Objects) -> bool:
 
 
 def _life(backend: str, before: Objects | None, after: Objects, told: int, group: bool) -> NoReturn:
-    """An agent that is running and makes the change, or starts when the change has been made; it says when."""
+    """A live agent that makes the change, or one that starts when the change has been made; it says when."""
     code = 1
     try:
         if group:
             os.setpgid(0, 0)
-        agent = Agent(backend, before or after)
-        if before is None:
-            os.write(told, b"!")
-            agent.sync()
-        else:
-            agent.sync()
-            os.write(told, b"!")
-            agent.change(after)
+        live = Live(backend, node=NODE)
+
+        def play() -> None:
+            live.begin(before or after)
+            if before is None:
+                os.write(told, b"!")
+            else:
+                live.settle()
+                os.write(told, b"!")
+                live.become(before, after)
+            live.settle()
+
+        live.run(play)
         code = 0
     except BaseException:
         traceback.print_exc()
