@@ -1,16 +1,10 @@
 """`apply` on a real cluster: scenario A's pods, Services and DNS, enforced from what kubectl prints.
 
-Needs KUBECONFIG of a cluster with the nodes node1 and node2 and with cluster DNS, no other policy engine, and
-NODE_EXEC: the command that runs another one in a node's network namespace, `{node}` standing for the node's name.
-For kind that is `docker exec -i {node}`; the development cluster's namespaces are found by themselves.
-The nodes must hold an agnhost image; AGNHOST names it where it is not found by itself.
+`kube` says what it needs.
 """
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,52 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.kube import NODES, agent, agnhost, connects, kubectl, left_on, needs_cluster, on_node, resolves
+
 HERE = Path(__file__).parent
 POLICIES = HERE.parent.parent / "docs" / "scenarios" / "a-three-tiers"
-NODES = ("node1", "node2")
 SOURCES = ("curl", "curl-as-db", "curl-as-api", "curl-as-web", "db", "api", "web")
-DNS = "kube-dns.kube-system.svc.cluster.local."  # ends in a dot: not tried with every search domain
 
-
-def node_exec() -> str | None:
-    given = os.environ.get("NODE_EXEC")
-    if given is None and all(Path(f"/run/netns/cl-{node}").exists() for node in NODES):
-        return "ip netns exec cl-{node}"
-    return given
-
-
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.slow,
-    pytest.mark.xdist_group("cluster"),
-    pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="needs a cluster: KUBECONFIG is not set"),
-    pytest.mark.skipif(node_exec() is None, reason="needs a way into the nodes: NODE_EXEC is not set"),
-]
-
-
-def kubectl(*arguments: str, text: str | None = None) -> str:
-    done = subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr}"
-    return done.stdout
-
-
-def agnhost() -> str:
-    """The name of the agnhost image on the nodes."""
-    given = os.environ.get("AGNHOST")
-    names = kubectl("get", "nodes", "-o", "jsonpath={.items[*].status.images[*].names[*]}").split()
-    found = given or next((name for name in names if "/agnhost:" in name), None)
-    return found or pytest.skip("needs an agnhost image on the nodes: AGNHOST is not set")
-
-
-def on_node(node: str, *command: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    prefix = shlex.split((node_exec() or "").format(node=node))
-    return subprocess.run([*prefix, *command], input=text, capture_output=True, text=True, check=False)
-
-
-def agent(node: str, *arguments: str, text: str = "") -> str:
-    done = on_node(node, sys.executable, "-m", "agent", *arguments, text=text)
-    assert done.returncode == 0, f"{node}: {arguments}: {done.stdout}{done.stderr}"
-    return done.stdout
+pytestmark = needs_cluster
 
 
 def enforce() -> None:
@@ -94,30 +49,6 @@ def shop() -> Iterator[dict[str, str]]:
             agent(node, "clean")
         kubectl("label", "namespace", "kube-system", "name-")
         kubectl("delete", "namespace", "shop", "--wait=false")
-
-
-def connects(source: str, target: str, protocol: str = "tcp") -> bool:
-    """A real connection from a real pod; by DNS where the target is a name of it."""
-    return exec_in(source, target, f"--protocol={protocol}")[0]
-
-
-def exec_in(source: str, target: str, *options: str) -> tuple[bool, str]:
-    """Whether a connection from the pod was made, and what agnhost said."""
-    command = ["kubectl", "-n", "shop", "exec", source, "--", "/agnhost", "connect", target, "--timeout=1s", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    return done.returncode == 0, done.stdout + done.stderr
-
-
-def resolves(source: str) -> bool:
-    """Whether DNS answers: the name is known, so that the connection is made, refused, or times out (no policy allows
-    the TCP port of DNS). Without an answer agnhost says DNS."""
-    for _ in range(3):
-        made, said = exec_in(source, f"{DNS}:53")
-        if made or "REFUSED" in said or "TIMEOUT" in said:
-            return True
-        if "DNS" in said:
-            return False
-    raise AssertionError(f"{source} cannot be asked: {said}")
 
 
 Pair = tuple[str, str]
@@ -200,9 +131,5 @@ def test_beside_kube_proxy() -> None:
 def test_clean_leaves_nothing(shop: dict[str, str]) -> None:
     for node in NODES:
         agent(node, "clean")
-        for command in (["iptables-save"], ["ip6tables-save"], ["ipset", "save"]):
-            left = on_node(node, *command).stdout
-            assert "NPA-" not in left
-            assert "npa4-" not in left
-            assert "npa6-" not in left
+        assert not left_on(node)
     assert connects("curl", f"{shop['db']}:5984")
