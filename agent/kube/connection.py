@@ -34,7 +34,8 @@ STATUS_BYTES = 1 << 16
 
 class Timeouts(NamedTuple):
     """In seconds. `silence` is how long a stream may go without one whole line: on a quiet kind the API server may send
-    nothing for that long, so it must not be short, and ends a stream that resumes where it was."""
+    nothing for that long, so it must not be short, and ends a stream that resumes where it was. It is also how long one
+    page of a list may take as a whole."""
 
     connect: float = 5.0
     answer: float = 30.0
@@ -97,12 +98,12 @@ class Connection:
     def get(self, path: str, query: Mapping[str, str | int]) -> bytes:
         """A whole answer. Raises ApiError."""
         with closing(self._ask("GET", path, query, read=self.timeouts.answer)) as response:
-            return _whole(response)
+            return _whole(response, self.timeouts.silence)
 
     def post(self, path: str, body: Any) -> None:
         """Create an object. Raises ApiError."""
         with closing(self._ask("POST", path, {}, read=self.timeouts.answer, body=body)) as response:
-            _whole(response)
+            _whole(response, self.timeouts.silence)
 
     def renew(self) -> None:
         """Read the configuration again: a token, a certificate or an authority may have been replaced."""
@@ -169,13 +170,15 @@ def _split(chunks: Iterator[bytes], silence: float) -> Iterator[bytes]:
         raise Broken("cut in the middle of an object")
 
 
-def _whole(response: urllib3.BaseHTTPResponse) -> bytes:
-    try:
-        return bytes(response.read())
-    except urllib3.exceptions.ReadTimeoutError as error:
-        raise Silent("nothing arrives any more") from error
-    except (HTTPError, OSError, ValueError) as error:
-        raise Broken(_words(error)) from error
+def _whole(response: urllib3.BaseHTTPResponse, silence: float) -> bytes:
+    """All of an answer. A trickle without an end is as good as silence."""
+    begin = monotonic()
+    parts = []
+    for chunk in _chunks(response):
+        parts.append(chunk)
+        if monotonic() - begin > silence:
+            raise Silent(f"no whole answer within {silence:.0f} s")
+    return b"".join(parts)
 
 
 def _refusal(response: urllib3.BaseHTTPResponse) -> ApiError:
@@ -192,7 +195,7 @@ def _refusal(response: urllib3.BaseHTTPResponse) -> ApiError:
 
 
 def _seconds(text: str | None) -> float | None:
-    return float(text) if text is not None and text.isdigit() else None
+    return float(text) if text is not None and text.isdecimal() else None
 
 
 def _words(error: BaseException) -> str:

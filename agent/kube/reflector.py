@@ -1,7 +1,7 @@
 """One kind, followed: listed, watched, resumed where it was, listed again when that is too long ago.
 
-A reflector tells its sink what each object is now, in any order and any number of times; what vanished while nobody
-watched is deleted when the next list is whole, and no sooner.
+A reflector tells its sink what each object is now, whenever that has changed in anything that we read; what vanished
+while nobody watched is deleted when the next list is whole, and no sooner.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 from agent.core.findings import Finding
 from agent.kube.connection import Connection
 from agent.kube.errors import ApiError, Broken, Defect, Gone, Refused, Unreachable
-from agent.kube.kinds import Kind, Object
+from agent.kube.kinds import Kind, Object, mark
 from agent.kube.wire import Bookmark, Changed, Deleted, Event, Head, read_line, read_page
 
 PAGE = 500
@@ -67,11 +67,12 @@ class Reflector:
         self._connection = connection
         self._sink = sink
         self._patience = patience
-        self._known: set[str] = set()
+        self._known: dict[str, int] = {}  # the objects that there are, and what was told of each
         self._version = ""  # up to which everything was told; "" wants a list
         self._latest = ""  # of the last version that was ever told: a list may not be older
         self._streams = True  # whether the server can stream a list
         self._page = PAGE
+        self._opened = False  # whether the connection that is under way became a stream
         self._fruitless = 0  # streams in a row that broke and brought nothing
 
     def run(self, stop: Flag) -> None:
@@ -94,6 +95,7 @@ class Reflector:
     def _session(self, stop: Flag) -> ApiError | None:
         """One connection, to its end; the error that ended it, if any."""
         before = self._latest
+        self._opened = False
         try:
             for _ in self._follow():
                 if stop.is_set():
@@ -108,17 +110,15 @@ class Reflector:
                     self._connection.renew()
             if error.status == 504:
                 self._latest = ""  # "too large resource version": the server was set back
+            if self._opened:
+                self._count_broken(before)
             return error
         except Unreachable as error:
             with suppress(ApiError):
                 self._connection.renew()
             return error
         except Broken as error:
-            self._fruitless = self._fruitless + 1 if before == self._latest else 0
-            if self._fruitless >= self._patience.tries:
-                if not self._version:
-                    self._streams = not self._streams  # something between us may not like the way we list
-                self._version, self._fruitless = "", 0
+            self._count_broken(before)
             return error
         except ApiError as error:
             return error
@@ -129,6 +129,14 @@ class Reflector:
             return defect
         self._fruitless = 0
         return None
+
+    def _count_broken(self, before: str) -> None:
+        """A stream broke; give its version up when that goes on before anything new came."""
+        self._fruitless = self._fruitless + 1 if before == self._latest else 0
+        if self._fruitless >= self._patience.tries:
+            if not self._version:
+                self._streams = not self._streams  # something between us may not like the way we list
+            self._version, self._fruitless = "", 0
 
     # --- one connection ----------------------------------------------------------------------------------------------
 
@@ -199,6 +207,7 @@ class Reflector:
             **query,
         }
         with self._connection.stream(self.kind.path, asked) as lines:
+            self._opened = True
             self._sink.connected(self.kind.name)
             for line in lines:
                 if line.strip():
@@ -229,7 +238,7 @@ class Reflector:
             self._version = self._latest = version
 
     def _complete(self, found: set[str], version: str) -> None:
-        for key in self._known - found:
+        for key in self._known.keys() - found:
             self._forget(key)
         self._version = self._latest = version
         self._page = PAGE
@@ -245,12 +254,13 @@ class Reflector:
             self._sink.unreadable(self.kind.name, finding)
             self._forget(head.key)
             return
-        self._known.add(head.key)
-        self._sink.changed(self.kind.name, head.key, value)
+        told = mark(value)
+        if self._known.get(head.key) != told:  # most updates are of a status, and end here
+            self._known[head.key] = told
+            self._sink.changed(self.kind.name, head.key, value)
 
     def _forget(self, key: str) -> None:
-        if key in self._known:
-            self._known.discard(key)
+        if self._known.pop(key, None) is not None:
             self._sink.deleted(self.kind.name, key)
 
     def _advice(self, error: ApiError) -> str:

@@ -56,11 +56,18 @@ class _Meta(msgspec.Struct):
     name: str = ""
     namespace: str = ""
     resourceVersion: str = ""
-    annotations: dict[str, str] | None = None
 
 
 class _Object(msgspec.Struct):
     metadata: _Meta
+
+
+class _Annotated(msgspec.Struct):
+    annotations: dict[str, str] | None = None
+
+
+class _Bookmark(msgspec.Struct):
+    metadata: _Annotated
 
 
 class _Line(msgspec.Struct):
@@ -86,6 +93,7 @@ class _List(msgspec.Struct):
 
 _lines = msgspec.json.Decoder(_Line)
 _objects = msgspec.json.Decoder(_Object)
+_bookmarks = msgspec.json.Decoder(_Bookmark)
 _statuses = msgspec.json.Decoder(_Status)
 _lists = msgspec.json.Decoder(_List)
 
@@ -97,10 +105,11 @@ def read_line(line: bytes) -> Event:
         if event.type == "ERROR":
             raise _error(_statuses.decode(event.object))
         meta = _objects.decode(event.object).metadata
+        if event.type == "BOOKMARK":
+            marks = _bookmarks.decode(event.object).metadata.annotations or {}
+            return Bookmark(meta.resourceVersion, marks.get(INITIAL_EVENTS_END) == "true")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Broken(f"no watch event: {error}") from error
-    if event.type == "BOOKMARK":
-        return Bookmark(meta.resourceVersion, (meta.annotations or {}).get(INITIAL_EVENTS_END) == "true")
     head = _head(meta)
     if event.type == "DELETED":
         return Deleted(head)

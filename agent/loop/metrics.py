@@ -103,7 +103,10 @@ class Metrics(Collector):
             registry=registry,
         )
         self.events = Counter(
-            "netpol_agent_events", "Objects that the API server sent, by kind.", ["kind"], registry=registry
+            "netpol_agent_events",
+            "Changes of objects, in what we read of them, by kind.",
+            ["kind"],
+            registry=registry,
         )
         self.watch_restarts = Counter(
             "netpol_agent_watch_restarts",
