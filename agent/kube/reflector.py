@@ -160,6 +160,8 @@ class Reflector:
                     case Bookmark(version, True) if found is not None:
                         self._complete(found, version)
                         found = None
+                    case Bookmark() if found is not None:
+                        pass  # until the list is whole there is no version to resume at
                     case Changed(head, data) if found is not None:
                         found.add(head.key)
                         self._tell(head, data)
