@@ -25,11 +25,14 @@ Object = dict[str, Any]
 
 
 class LiveWorld:
-    """A World as objects to create. Namespaces of different sizes have different names."""
+    """A World as objects to create, whose names begin with `family`, and addresses with `net`; worlds of different
+    families may be there at once. Namespaces of different sizes have different names."""
 
-    def __init__(self, pods: int, policies: int, local: int) -> None:
+    def __init__(self, pods: int, policies: int, local: int, *, family: str = PREFIX, net: int = 10) -> None:
         self.world = World(pods, policies, local)
-        self.prefix = f"{PREFIX}{pods}-"
+        self.family, self._net = family, net
+        self.prefix = f"{family}{pods}-"
+        self.node = f"{family}node-0"
 
     def namespaces(self) -> list[Object]:
         found = [json.loads(data) for data in self.world.namespaces()]
@@ -47,12 +50,14 @@ class LiveWorld:
     def nodes(self) -> list[Object]:
         last = 1 + (self.world.pod_count - 1) // 100
         return [
-            {"metadata": {"name": f"{PREFIX}node-{n}", "labels": LABEL}, "spec": {"unschedulable": True}}
+            {"metadata": {"name": f"{self.family}node-{n}", "labels": LABEL}, "spec": {"unschedulable": True}}
             for n in range(last + 1)
         ]
 
     def pod(self, number: int, *, incarnation: int = 0, app: int | None = None) -> Object:
-        one: Object = json.loads(self.world.pod(number, incarnation=incarnation, app=app))
+        data = self.world.pod(number, incarnation=incarnation, app=app)
+        data = data.replace(b'"10.', b'"%d.' % self._net).replace(b'"fd00:', b'"fd%02x:' % (self._net - 10))
+        one: Object = json.loads(data)
         meta, spec = one["metadata"], one["spec"]
         one["metadata"] = {
             "name": meta["name"],
@@ -60,7 +65,7 @@ class LiveWorld:
             "labels": meta["labels"],
             "annotations": meta["annotations"],
         }
-        spec["nodeName"] = PREFIX + spec["nodeName"]
+        spec["nodeName"] = self.family + spec["nodeName"]
         spec["automountServiceAccountToken"] = False
         spec["terminationGracePeriodSeconds"] = 0
         spec["tolerations"] = [{"operator": "Exists"}]
@@ -111,19 +116,19 @@ def load(api: Api, world: LiveWorld) -> dict[str, int]:
     """Make the server hold this world, and no other of ours; how many objects were written."""
     namespaces = world.namespaces()
     names = {one["metadata"]["name"] for one in namespaces}
-    others = [one for one in _ours(api, NAMESPACES) if one not in names]
+    others = [one for one in _ours(api, NAMESPACES, world.family) if one not in names]
     remove(api, others)
-    known = set(_ours(api, NODES))
+    known = set(_ours(api, NODES, world.family))
     nodes = [one for one in world.nodes() if one["metadata"]["name"] not in known]
     parallel(lambda one: api.insist("POST", NODES, one, fine=(409,)), nodes)
-    parallel(lambda one: api.insist("POST", NAMESPACES, one, fine=()) if one else None, _absent(api, namespaces))
-    there = {path({**one, "kind": "Pod"}): "podIP" in one["status"] for one in _listed(api, PODS)}
+    parallel(lambda one: api.insist("POST", NAMESPACES, one), _absent(api, namespaces, world.family))
+    there = {path({**one, "kind": "Pod"}): "podIP" in one["status"] for one in _listed(api, PODS, world.family)}
     wanted = world.pods()
     extra = [where for where in there if where not in wanted]
     parallel(lambda where: api.insist("DELETE", f"{where}?{NOW}", fine=(404,)), extra)
     missing = [number for where, number in wanted.items() if not there.get(where)]
     parallel(lambda number: create(api, world.pod(number)), missing)
-    policies = {path({**one, "kind": "NetworkPolicy"}) for one in _listed(api, POLICIES)}
+    policies = {path({**one, "kind": "NetworkPolicy"}) for one in _listed(api, POLICIES, world.family)}
     specs = [world.policy(number) for number in range(world.world.policy_count)]
     parallel(lambda where: api.insist("DELETE", where, fine=(404,)), policies - {path(one) for one in specs})
     absent = [one for one in specs if path(one) not in policies]
@@ -131,18 +136,18 @@ def load(api: Api, world: LiveWorld) -> dict[str, int]:
     return {"nodes": len(nodes), "pods": len(missing), "policies": len(absent), "namespaces": len(namespaces)}
 
 
-def _absent(api: Api, namespaces: list[Object]) -> list[Object]:
-    known = set(_ours(api, NAMESPACES))
+def _absent(api: Api, namespaces: list[Object], family: str) -> list[Object]:
+    known = set(_ours(api, NAMESPACES, family))
     return [one for one in namespaces if one["metadata"]["name"] not in known]
 
 
-def _ours(api: Api, kind: str) -> list[str]:
+def _ours(api: Api, kind: str, family: str) -> list[str]:
     names = (one["metadata"]["name"] for one in api.list(kind))
-    return [name for name in names if name.startswith(PREFIX)]
+    return [name for name in names if name.startswith(family)]
 
 
-def _listed(api: Api, kind: str) -> list[Object]:
-    return [one for one in api.list(kind) if one["metadata"]["namespace"].startswith(PREFIX)]
+def _listed(api: Api, kind: str, family: str) -> list[Object]:
+    return [one for one in api.list(kind) if one["metadata"]["namespace"].startswith(family)]
 
 
 def remove(api: Api, namespaces: list[str]) -> None:
@@ -155,14 +160,14 @@ def remove(api: Api, namespaces: list[str]) -> None:
 
     parallel(work, namespaces)
     gone = set(namespaces)
-    while gone & set(_ours(api, NAMESPACES)):
+    while gone & {one["metadata"]["name"] for one in api.list(NAMESPACES)}:
         sleep(0.5)
 
 
-def unload(api: Api) -> None:
-    """Everything that any world of ours has left."""
-    remove(api, _ours(api, NAMESPACES))
-    parallel(lambda name: api.insist("DELETE", f"{NODES}/{name}", fine=(404,)), _ours(api, NODES))
+def unload(api: Api, family: str = PREFIX) -> None:
+    """Everything that any world of this family has left."""
+    remove(api, _ours(api, NAMESPACES, family))
+    parallel(lambda name: api.insist("DELETE", f"{NODES}/{name}", fine=(404,)), _ours(api, NODES, family))
 
 
 def relabel(api: Api, where: str, labels: dict[str, str | None]) -> None:
