@@ -16,6 +16,9 @@ from agent.cli.output import SCHEMAS
 from agent.core.inventory import Inventory
 from agent.core.node import Node, load
 from agent.dataplane.render import OPTIONS, render
+from agent.loop.metrics import LATENCIES
+from agent.loop.npm import ClusterMetrics, NodeMetrics
+from tests.loop.test_operators import filled
 from tests.nodes import Kernel
 
 HERE = Path(__file__).parent / "golden"
@@ -66,6 +69,43 @@ def cli_reference() -> str:
     return "\n".join(parts)
 
 
+METRICS_HEAD = """# Metrics
+
+Written from the sources. `/metrics` (`--metrics-address`) has these; histograms have the buckets {buckets}
+(seconds). No label holds the name of a pod, a policy or an address.
+
+| metric | type | labels | what it is |
+|---|---|---|---|
+"""
+NPM_HEAD = """
+With `--npm-metrics-address`, the names that dashboards of Azure NPM know, with its labels and units: times are
+**milliseconds**, quantiles look back ten minutes. `npm_ipset_counts` has one series for each set.
+
+| path | metric | type | what it is |
+|---|---|---|---|
+"""
+
+
+def metrics_reference() -> str:
+    """docs/metrics.md: a row for each family."""
+    metrics = filled()
+    rows = [METRICS_HEAD.format(buckets=", ".join(f"{bound:g}" for bound in LATENCIES))]
+    for family in sorted(metrics.registry.collect(), key=lambda family: family.name):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
+        shown = ", ".join(f"`{label}`" for label in labels)
+        rows.append(f"| `{name}` | {family.type} | {shown} | {family.documentation} |\n")
+    rows.append(NPM_HEAD)
+    for path, registry in (("node", NodeMetrics().registry), ("cluster", ClusterMetrics(metrics).registry)):
+        for family in registry.collect():
+            rows.append(f"| `/{path}-metrics` | `{family.name}` | {family.type} | {family.documentation} |\n")
+    return "".join(rows)
+
+
+def test_the_metrics_reference_is_what_is_served() -> None:
+    assert metrics_reference() == (DOCS / "metrics.md").read_text()
+
+
 def test_the_command_line_reference_is_the_help() -> None:
     assert cli_reference() == (DOCS / "cli.md").read_text()
 
@@ -106,5 +146,6 @@ if __name__ == "__main__":
     for each in NAMES:
         (HERE / f"{each}.txt").write_text(rendered(each))
     (DOCS / "cli.md").write_text(cli_reference())
+    (DOCS / "metrics.md").write_text(metrics_reference())
     for each in SCHEMAS:
         (DOCS / "schemas" / f"{each}.json").write_text(schema(each))

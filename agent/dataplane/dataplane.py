@@ -119,10 +119,11 @@ class Dataplane:
                 with report.stage("plan"):
                     operations = plan(node, journal, mirror, self.options, everything=everything, known=self._known)
                 self._execute(operations, mirror, report)
-            except KernelError:
+            except KernelError as error:
                 if attempt + 1 == ATTEMPTS:
                     self._released |= journal.inherited
                     raise
+                report.refused[error.stage] = report.refused.get(error.stage, 0) + 1
                 continue
             self._mirror = mirror
             self._released, self._known = set(), frozenset(node.cluster.judged)

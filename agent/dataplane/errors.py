@@ -6,13 +6,15 @@ from __future__ import annotations
 class KernelError(Exception):
     """The kernel, or the tool in front of it, refused. Enforcement is as it was before.
 
-    `what` names the set, chain or command, `reason` is its answer, `advice` what the operator can do."""
+    `what` names the set, chain or command, `reason` is its answer, `advice` what the operator can do; `stage` is the
+    part of a sync that it ended, "" outside of one."""
 
     def __init__(self, what: str, reason: str, advice: str) -> None:
         super().__init__(f"{what}: {reason}. {advice}")
         self.what = what
         self.reason = reason
         self.advice = advice
+        self.stage = ""
 
 
 _NATIVE = (

@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from agent.dataplane.errors import KernelError
+
 
 @dataclass
 class Report:
-    """What a sync did, as counters of kernel writes, and how long it took, in seconds by stage."""
+    """What a sync did, as counters of kernel writes, and how long it took, in seconds by stage.
+
+    `refused` counts what the kernel refused at first, by stage; `attempts` are one more than that."""
 
     sets_created: int = 0
     sets_destroyed: int = 0
@@ -22,6 +26,7 @@ class Report:
     jumps_set: int = 0
     connections_forgotten: int = 0
     attempts: int = 1
+    refused: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: Report) -> None:
@@ -36,6 +41,9 @@ class Report:
         begin = perf_counter()
         try:
             yield
+        except KernelError as error:
+            error.stage = error.stage or name
+            raise
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - begin
 

@@ -258,12 +258,13 @@ class Reflector:
             return
         told = mark(value)
         if self._known.get(head.key) != told:  # most updates are of a status, and end here
-            self._known[head.key] = told
             self._sink.changed(self.kind.name, head.key, value)
+            self._known[head.key] = told
 
     def _forget(self, key: str) -> None:
-        if self._known.pop(key, None) is not None:
+        if key in self._known:
             self._sink.deleted(self.kind.name, key)
+            del self._known[key]
 
     def _advice(self, error: ApiError) -> str:
         if not isinstance(error, Refused):

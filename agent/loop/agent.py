@@ -239,7 +239,7 @@ class Agent:
             try:
                 return work()
             except KernelError as error:
-                self._metrics.failures.inc()
+                self._metrics.failures.labels(error.stage or "read").inc()
                 self._health.enforcing = f"the kernel refuses: {error}"
                 if pause is None:
                     raise

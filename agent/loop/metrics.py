@@ -120,10 +120,16 @@ class Metrics(Collector):
         self.syncs = Counter("netpol_agent_syncs", "Syncs of the kernel that succeeded.", registry=registry)
         self.writes = Counter("netpol_agent_kernel_writes", "Kernel writes, by kind.", ["kind"], registry=registry)
         self.failures = Counter(
-            "netpol_agent_kernel_failures", "Syncs that the kernel refused to the last.", registry=registry
+            "netpol_agent_kernel_failures",
+            "Syncs that the kernel refused to the last, by stage.",
+            ["stage"],
+            registry=registry,
         )
         self.retries = Counter(
-            "netpol_agent_kernel_retries", "Syncs planned anew after the kernel refused.", registry=registry
+            "netpol_agent_kernel_retries",
+            "Syncs planned anew after the kernel refused, by stage.",
+            ["stage"],
+            registry=registry,
         )
         self.drift_checks = Counter(
             "netpol_agent_drift_checks",
@@ -169,7 +175,8 @@ class Metrics(Collector):
         """A sync succeeded."""
         self.syncs.inc()
         self.last_sync.set(time())
-        self.retries.inc(report.attempts - 1)
+        for stage, number in report.refused.items():
+            self.retries.labels(stage).inc(number)
         for field, kind in WRITES.items():
             number = getattr(report, field)
             if number:

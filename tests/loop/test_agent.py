@@ -230,7 +230,7 @@ def test_a_refusal_is_said_and_tried_again(kernel: Kernel, tmp_path: Path, monke
         more = edited(cluster(), "NetworkPolicy/db", ingress=[])
         with tools(tmp_path, **{broken: "echo 'no room for rules' >&2; exit 4"}):
             live.put(*more)
-            live.until(lambda: live.count("kernel_failures_total") >= 2)
+            live.until(lambda: live.count("kernel_failures_total", stage="rules") >= 2)
             reasons = live.health.reasons()
             assert any("no room for rules" in reason for reason in reasons), reasons
             assert {k: v for k, v in kernel.ours().items() if k.startswith("IPv4")} == {
@@ -257,7 +257,7 @@ def test_a_kernel_that_keeps_refusing_ends_the_agent(
         pytest.raises(KernelError, match="out of order"),
     ):
         live.run(lambda: (live.begin([]), live.until(lambda: live.agent._stopping))[0])  # type: ignore[func-returns-value]
-    assert live.count("kernel_failures_total") == 3
+    assert live.count("kernel_failures_total", stage="read") == 3
     assert kernel.ours() == before
 
 
@@ -298,7 +298,7 @@ def test_told_to_stop_it_ends_at_once_and_leaves_the_rules(kernel: Kernel, monke
 
     def stop() -> None:
         again.begin(cluster())
-        again.until(lambda: again.count("kernel_failures_total") == 1)
+        again.until(lambda: again.count("kernel_failures_total", stage="read") == 1)
         ended.set()
 
     begin = time.monotonic()

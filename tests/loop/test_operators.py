@@ -33,7 +33,12 @@ from agent.loop.server import REQUESTS, Address, Server, health_paths, metrics_p
 def filled() -> Metrics:
     """Metrics with every series that there can be."""
     metrics = Metrics(Inbox())
-    report = Report(**dict.fromkeys(WRITES, 2), attempts=2, seconds={"sets": 0.002, "rules": 0.02, "plan": 0.001})
+    report = Report(
+        **dict.fromkeys(WRITES, 2),
+        attempts=2,
+        refused={"sets": 1},
+        seconds={"sets": 0.002, "rules": 0.02, "plan": 0.001},
+    )
     metrics.synced(report)
     for stage in ("event", "state", "compile"):
         metrics.stage.labels(stage).observe(0.001)
@@ -43,7 +48,7 @@ def filled() -> Metrics:
     metrics.unreadable.labels("Pod").inc()
     metrics.watch_restarts.labels("Pod", "gone").inc()
     metrics.posted.labels("created").inc()
-    metrics.failures.inc()
+    metrics.failures.labels("rules").inc()
     metrics.sizes = Sizes(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, {"cidr-unreadable": 1}, {"npa4-p-abc": 10})
     return metrics
 
