@@ -40,7 +40,7 @@ def write(
 ) -> None:
     """The whole report; what was not measured this time is not in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [(b, row) for b in benchmarks for row in b.rows(found[b.name])]
+    rows = [(b, row) for b in benchmarks if found[b.name] for row in b.rows(found[b.name])]
     judged = [(b, row) for b, row in rows if row.met is not None]
     others = [(b, row) for b, row in rows if row.met is None]
     missed = list(dict.fromkeys((row.aim, row.reason, row.work) for _, row in judged if row.met is False))

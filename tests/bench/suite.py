@@ -24,7 +24,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`times` processes run `function` with `arguments`; `rows` makes lines of their results."""
+    """`times` processes run `function` with `arguments`; `rows` makes lines of their results.
+    `live` ones need an API server."""
 
     name: str
     function: str
@@ -32,6 +33,7 @@ class Benchmark:
     rows: Callable[[list[Result]], list[Row]]
     times: int = 1
     quick: Mapping[str, Any] = field(default_factory=dict)
+    live: bool = False
 
 
 def duration(seconds: float) -> str:
@@ -228,6 +230,68 @@ def _datapath(backend: str, egress: bool) -> Callable[[list[Result]], list[Row]]
     return rows
 
 
+def _live_event(results: list[Result]) -> list[Row]:
+    found = results[0]
+    sizes = f"{found['arguments']['pods']:,} pods, {found['arguments']['policies']:,} policies in the API server"
+    rows = []
+    for what, text in (
+        ("relabelled", "a pod elsewhere is relabelled → the first packet from it that is judged by that"),
+        ("edited", "a policy gets another port → the first packet that is judged by that"),
+    ):
+        both = {way: found[f"{what} {way}"] for way in ("opened", "closed")}
+        shown = "; ".join(
+            f"{way} p50 {duration(each['answered']['p50'])}, p99 {duration(each['answered']['p99'])} "
+            f"(n = {each['answered']['n']}; before the API call until then p50 {duration(each['asked']['p50'])}, "
+            f"p99 {duration(each['asked']['p99'])})"
+            for way, each in both.items()
+        )
+        met = all(e["answered"]["p50"] <= 0.015 and e["answered"]["p99"] <= 0.1 for e in both.values())
+        rows.append(Row(f"{text}, after the API call, {sizes}", shown, "p50 ≤ 15 ms, p99 ≤ 100 ms", met))
+    return rows
+
+
+def _live_start(results: list[Result]) -> list[Row]:
+    work = f"{_sizes(results)} in the API server"
+    cold, again = (median(r["seconds"] for r in found) for found in (results, [r["again"] for r in results]))
+    peak = max(r["memory"]["peak"] for r in results)
+    resident = max(r["memory"]["resident"] for r in results)
+    writes = max(r["again"]["writes"] for r in results)
+    told = all(r["again"]["told"] for r in results)
+    return [
+        Row(
+            f"`run` on an empty node, {work}, from its exec until it is ready",
+            f"median {duration(cold)} (n = {len(results)})",
+            "≤ 5 s",
+            cold <= 5,
+        ),
+        Row(
+            f"resident memory of `run`, {work}",
+            f"{mebibytes(resident)}, at its highest {mebibytes(peak)}",
+            "≤ 150 MiB",
+            peak <= 150,
+        ),
+        Row(
+            f"`run` again, {work}, from its exec until it is ready",
+            f"{writes:.0f} writes, median {duration(again)} (n = {len(results)})",
+            "0 writes, ≤ 5 s",
+            writes == 0 and told and again <= 5,
+        ),
+    ]
+
+
+def _live_processor(results: list[Result]) -> list[Row]:
+    found = results[0]
+    work, resident = f"{_sizes(results)} in the API server", mebibytes(found["memory"]["resident"])
+    updates = f"{found['rate']:.0f} status updates a second that change nothing here"
+    return [
+        Row(f"processor time of `run`, {work}, {what}", shown, "≤ 2 % of a core", share <= 0.02)
+        for what, share, shown in (
+            ("at rest", found["rest"], f"{found['rest']:.2%}"),
+            (updates, found["busy"], f"{found['busy']:.2%} ({found['events']:.0f} events); {resident} resident"),
+        )
+    ]
+
+
 def _nothing(_results: list[Result]) -> list[Row]:
     return []
 
@@ -272,6 +336,26 @@ BENCHMARKS = [
     ),
     Benchmark("idle", "idle", {"pods": 1_000, "policies": 100, "local": 50}, _idle),
     Benchmark("restart", "restart", LARGE, _restart),
+    *(
+        Benchmark(
+            f"live-event-{name}",
+            "live_event",
+            {**sizes, "times": 200},
+            _live_event,
+            quick={"times": 40},
+            live=True,
+        )
+        for name, sizes in (("small", {"pods": 1_000, "policies": 100, "local": 100}), ("large", LARGE))
+    ),
+    Benchmark("live-start", "live_start", LARGE, _live_start, times=3, live=True),
+    Benchmark(
+        "live-processor",
+        "live_processor",
+        {**LARGE, "seconds": 30, "rate": 100},
+        _live_processor,
+        quick={"seconds": 10},
+        live=True,
+    ),
     Benchmark("crossover", "crossover", {"times": 40}, _crossover, quick={"times": 15}),
     *(
         Benchmark(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import ssl
 import threading
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from agent.kube.connection import configuration_source
+from agent.kube.errors import ApiError
 
 JSON = "application/json"
 MERGE = "application/merge-patch+json"
@@ -100,3 +102,14 @@ def parallel(work: Callable[[T], None], items: Iterable[T], threads: int = 8) ->
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(work, items):
             pass
+
+
+def unavailable() -> str:
+    """Why there is no API server to measure with; "" when there is one."""
+    if "KUBECONFIG" not in os.environ:
+        return "it needs an API server, and KUBECONFIG is not set"
+    try:
+        Api().ask("GET", "/readyz")
+    except (ApiRefused, ApiError, OSError) as error:
+        return f"the API server that KUBECONFIG names does not answer: {error}"
+    return ""
