@@ -187,6 +187,23 @@ def test_bookmarks_advance_the_version() -> None:
         assert found.lists == 1
 
 
+def test_updates_of_a_status_end_here() -> None:
+    """What changes nothing that is read is not told, and advances the version."""
+    with following(Server(A)) as found:
+        found.until_known("x/a")
+        found.server.touch(A)
+        found.server.put(B)
+        found.until_known("x/a", "x/b")
+        found.server.touch(A)
+        known = str(found.server.version)
+        for _ in range(3):
+            found.server.hang_up()
+            time.sleep(0.03)
+        until(lambda: found.asked[-1].query.get("resourceVersion") == known)
+        assert found.told.changes == [("changed", "x/a"), ("changed", "x/b")]
+        assert found.lists == 1
+
+
 def test_a_bookmark_within_the_list_does_not_end_it() -> None:
     """Only the one that is marked says that the list is whole."""
     server = Server(A, B)
@@ -229,7 +246,7 @@ def test_410_in_a_watch_that_runs() -> None:
         found.server.hang_up()
         until(lambda: len(found.told.versions_in_sync) == 2)
         assert Gone in errors(found)
-        assert [what for what, _ in found.told.changes] == ["changed", "changed"]
+        assert found.told.changes == [("changed", "x/a")]
 
 
 def test_other_errors_resume() -> None:
@@ -267,7 +284,7 @@ def test_what_was_told_before_is_ignored(name: str) -> None:
         found.until_asked(2)
         found.server.put(C)
         found.until_known("x/a", "x/c")
-        found.server.touch(A)
+        found.server.put(pod("a", spec={"nodeName": "node-1"}))
         until(lambda: len(found.told.changes) >= 5)
         assert found.told.changes == [
             ("changed", "x/a"),
@@ -355,8 +372,7 @@ def test_backoff_grows() -> None:
         found.until_known("x/a")
         times = [one.at for one in found.asked]
         waits = [after - before for before, after in pairwise(times)]
-        assert len(waits) == 7
-        for wait, least in zip(waits[1:], (0.01, 0.04, 0.08, 0.16, 0.16, 0.16)):  # the first asks for pages instead
+        for wait, least in zip(waits[1:7], (0.01, 0.04, 0.08, 0.16, 0.16, 0.16)):  # the first asks for pages instead
             assert wait >= least * 0.9
 
 
@@ -369,6 +385,38 @@ def test_streams_that_end_at_once_are_not_asked_for_in_a_loop() -> None:
         found.until_asked(7)
         times = [one.at for one in found.asked[1:]]
         assert times[-1] - times[0] >= 0.3
+
+
+def test_a_server_that_only_knows_lists_is_not_asked_in_a_loop() -> None:
+    """Every watch says 410 at once: lists are as far apart as other tries."""
+    server = Server(A)
+    server.spoil("Pod", *[Fault("error", after=2, status=410)] * 7)
+    with following(server, patience=Patience(first=0.02, longest=0.32)) as found:
+        until(lambda: len(found.told.versions_in_sync) == 8)
+        times = [one.at for one in found.asked]
+        assert times[7] - times[0] >= 0.6
+
+
+def test_a_defect_of_ours_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody has thought of is told and tried again, later and later."""
+    server = Server(A)
+    with following(server, patience=Patience(first=0.02, longest=0.32)) as found:
+        found.until_known("x/a")
+        tell = found.told.changed
+
+        def fail(kind: str, key: str, value: object) -> None:
+            if key == "x/b":
+                server.advance()
+                raise ZeroDivisionError("of ours")
+            tell(kind, key, value)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(found.told, "changed", fail)
+        server.put(B)
+        until(lambda: len(found.told.failures) >= 7)
+        times = [one.at for one in found.asked]
+        assert times[6] - times[0] >= 0.5
+        monkeypatch.setattr(found.told, "changed", tell)
+        found.until_known("x/a", "x/b")
 
 
 def test_a_long_good_watch_ends_the_backoff() -> None:
