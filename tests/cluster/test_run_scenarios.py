@@ -66,8 +66,8 @@ def test_three_tiers(tiers: Stage) -> None:
         return asks
 
     def labelled(step: Step) -> list[Ask]:
-        if step.namespaces["kube-system"]:
-            kubectl("label", "--overwrite", "namespace", "kube-system", "name=kube-system")
+        label = "name=kube-system" if step.namespaces["kube-system"] else "name-"
+        kubectl("label", "--overwrite", "namespace", "kube-system", label)
         return by_service(step)
 
     tiers.play(THREE_TIERS, labelled)
