@@ -51,8 +51,8 @@ class Fault(NamedTuple):
     `answer` is HTTP's `status` with `body`, `hang up` none, `empty` 200 and nothing; `delay` lasts `seconds`; `compact`
     makes all versions too old that anybody knows. `cut` ends the connection, between two objects or `inside` one,
     `torn` ends the answer inside one; `silence` and `stall` send nothing for `seconds`, before or inside an object;
-    `trickle` sends `pieces` of one, so many seconds apart; `replay` sends all that there was of the kind, again; `error`
-    is an ERROR event of `status`."""
+    `trickle` sends `pieces` of one, so many seconds apart; `replay` sends all that there was of the kind, again;
+    `error` is an ERROR event of `status`."""
 
     name: str
     after: int = 0
