@@ -26,6 +26,14 @@ second node without an agent shows how much two equal nodes differ.
 The client is allowed by the second peer of a rule. A connection is opened, asked, answered and closed. A first packet
 is one datagram from each of 1,000 sockets. The cost of forwarding is that of the same packets put ready-made on the
 client's interface, less the time that this takes by itself."""
+LIVE = """\
+Where a row says "in the API server", the objects are in a real one (`tests/bench/live`): pods of 5.2 kB on nodes that
+exist as objects only. `run` is at work in network namespaces of its own on the machine of the API server, and shares
+its processors with it; what they say to each other passes a process that hands it on. From one pod's namespace to the
+other's goes a packet every half millisecond, each the first of its flow. It is judged anew when the first one arrives
+that did not before, or, for what is closed, when the first is sent that does not arrive. Beside that time is the one
+from before the API call was made; what lies between is the API server's answer."""
+NO_LIVE = "What needs an API server was not measured: set KUBECONFIG."
 MET = {True: "yes", False: "**no**", None: ""}
 
 
@@ -58,6 +66,7 @@ def write(
         "",
         *_reasons(missed),
         *_packets(benchmarks),
+        *_live(benchmarks, found),
         *(["## Beside the aims", "", *_table(others, aims=False), ""] if others else []),
     ]
     if all(f"growth-{over}-{sizes[over]}" in found for over, series in GROWTH.items() for sizes in series):
@@ -122,6 +131,14 @@ def _packets(benchmarks: Sequence[Benchmark]) -> list[str]:
     if not any(b.function == "datapath" for b in benchmarks):
         return []
     return ["## How packets are measured", "", PACKETS, ""]
+
+
+def _live(benchmarks: Sequence[Benchmark], found: dict[str, list[Result]]) -> list[str]:
+    live = [b for b in benchmarks if b.live]
+    if not live:
+        return []
+    text = LIVE if all(found[b.name] for b in live) else NO_LIVE
+    return ["## How an agent beside an API server is measured", "", text, ""]
 
 
 def _growth(found: dict[str, list[Result]]) -> list[str]:

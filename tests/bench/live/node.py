@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
@@ -31,6 +32,8 @@ NAME = "node"
 GATE, GATE6 = "169.254.1.1", "fe80::1"
 HEALTH, METRICS = 10093, 10092
 CHUNK = 1 << 20
+ASK = 0.02
+"""Seconds between two questions whether the agent is ready: more of them cost it time."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 _COUNTER = re.compile(r"^(netpol_agent_\w+)(?:\{([^}]*)\})? (\S+)$", re.MULTILINE)
 
@@ -121,12 +124,15 @@ def _hand_on(source: socket.socket, target: socket.socket) -> None:
 
 
 class Agent:
-    """`netpol-agent run` on the node, from its exec on. BENCH_PROFILE names a file for where its time goes."""
+    """`netpol-agent run` on the node, from its exec on. BENCH_PROFILE=FILE leaves where the time of the first one goes
+    in FILE.0, and so on."""
+
+    _number = count()
 
     def __init__(self, node: Node) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (kept open as long as the agent)
         profile = os.environ.get("BENCH_PROFILE")
-        module = ["tests.bench.live.sampled", profile] if profile else ["agent"]
+        module = ["tests.bench.live.sampled", f"{profile}.{next(self._number)}"] if profile else ["agent"]
         command = [sys.executable, "-m", *module, "run", "--node", node.name]
         addresses = ["--health-address", f"127.0.0.1:{HEALTH}", "--metrics-address", f"127.0.0.1:{METRICS}"]
         with inside(NAME):
@@ -141,7 +147,7 @@ class Agent:
             with suppress(OSError, http.client.HTTPException):
                 if _fetch(HEALTH, "/readyz")[0] == 200:
                     return perf_counter() - self.began
-            sleep(0.005)
+            sleep(ASK)
         sys.exit(f"the agent is not ready\n{self.log()}")
 
     def log(self) -> str:

@@ -30,8 +30,10 @@ def _sample(found: Counter[str]) -> None:
                 continue
             with suppress(OSError):
                 spent = int(Path(f"/proc/self/task/{number}/schedstat").read_text().split()[0])
-                if spent > before.get(number, 0):
-                    found[f"{thread.name};{_stack(frames[ident])}"] += spent - before.get(number, 0)
+                if number not in before:
+                    found[f"{thread.name};before it was looked at"] += spent
+                elif spent > before[number]:
+                    found[f"{thread.name};{_stack(frames[ident])}"] += spent - before[number]
                 before[number] = spent
 
 
