@@ -10,6 +10,7 @@ import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from http.client import IncompleteRead
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
@@ -30,6 +31,8 @@ CHUNK = 1 << 16
 """Bytes that one read takes at most."""
 STATUS_BYTES = 1 << 16
 """Bytes that are read of an error's body."""
+LONGEST_WAIT = 300.0
+"""Seconds that a server can make us wait."""
 
 
 class Timeouts(NamedTuple):
@@ -68,8 +71,9 @@ def configuration_source(kubeconfig: str | None, context: str | None) -> Source:
                 config.load_kube_config(path, context, client_configuration=configuration, persist_config=False)
         except (ConfigException, OSError, ValueError, TypeError, AttributeError, YAMLError) as error:
             where = path or "~/.kube/config"
+            words = " ".join(str(error).split())
             raise NoConfiguration(
-                f"{where}: {error}; give --kubeconfig FILE, or run in a pod of the cluster"
+                f"{where}: {words}; give --kubeconfig FILE, or run in a pod of the cluster"
             ) from error
         return configuration
 
@@ -129,6 +133,9 @@ class Connection:
         timeouts = (self.timeouts.connect, read)
         try:
             connected.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+            headers = {name: value.strip() for name, value in headers.items()}  # a token's file may end with a new line
+            if not all(value.isascii() and value.isprintable() for value in headers.values()):
+                raise Unreachable(f"{self.host}: our token has characters that no token has")
             answer = connected.rest_client.request(method, url, headers=headers, body=body, _request_timeout=timeouts)
         except (HTTPError, OSError, ConfigException, client.ApiException) as error:
             raise Unreachable(f"{self.host}: {_words(error)}") from error
@@ -195,17 +202,23 @@ def _refusal(response: urllib3.BaseHTTPResponse) -> ApiError:
 
 
 def _seconds(text: str | None) -> float | None:
-    return float(text) if text is not None and text.isdecimal() else None
+    return min(float(text), LONGEST_WAIT) if text is not None and text.isdecimal() else None
 
 
 def _words(error: BaseException) -> str:
     """The innermost reason: what the system said comes wrapped several times."""
     if isinstance(error, client.ApiException) and error.__context__ is not None:
         error = error.__context__
-    while isinstance(reason := getattr(error, "reason", None), BaseException):
-        error = reason
-    verdict = next((part for part in error.args if isinstance(part, ssl.SSLCertVerificationError)), None)
-    if verdict is not None:
-        return f"its certificate is not trusted: {verdict.verify_message}"
+    while (inner := _inner(error)) is not None:
+        error = inner
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, IncompleteRead):
+        return "the answer was cut"
     text = str(error).partition(": ")[2] or str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    found = (getattr(error, "reason", None), *error.args)
+    return next((one for one in found if isinstance(one, BaseException)), None)

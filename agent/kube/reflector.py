@@ -105,7 +105,7 @@ class Reflector:
             self._page *= 2
             return error
         except Refused as error:
-            if error.status == 401:
+            if error.status in (401, 403):  # who has no token is told 403 where anonymous requests are let in
                 with suppress(ApiError):
                     self._connection.renew()
             if error.status == 504:
@@ -233,7 +233,7 @@ class Reflector:
 
     def _is_new(self, version: str) -> bool:
         known = self._version
-        return not (version.isdigit() and known.isdigit() and int(version) <= int(known))
+        return not (version.isdecimal() and known.isdecimal() and int(version) <= int(known))
 
     def _advance(self, version: str) -> None:
         if version and self._is_new(version):

@@ -80,6 +80,7 @@ class Asked(NamedTuple):
     query: Mapping[str, str]
     at: float
     token: str
+    agent: str
 
     @property
     def watches(self) -> bool:
@@ -93,12 +94,14 @@ class Asked(NamedTuple):
 
 @dataclass
 class Switches:
-    """How the server is set up. `streams` is HTTP's status, or an ERROR's code, to a streamed list; 200 allows it."""
+    """How the server is set up. `streams` is HTTP's status, or an ERROR's code, to a streamed list; 200 allows it.
+    With `tokens`, one of them is demanded; `anonymous` is the status for none, `answers` that for a kind."""
 
     streams: int = 200
     refuses_in_stream: bool = False
     gone_by_http: bool = False
     tokens: frozenset[str] | None = None
+    anonymous: int = 401
     answers: Mapping[str, int] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -209,7 +212,7 @@ class Server(Listener):
         token = request.headers.get("authorization", "").partition(" ")[2]
         kind = PATHS.get(request.path, "")
         if kind:
-            self.asked.append(Asked(kind, request.query, monotonic(), token))
+            self.asked.append(Asked(kind, request.query, monotonic(), token, request.headers["user-agent"]))
         fault = self._faults[kind].popleft() if kind and self._faults[kind] else None
         if fault is not None and fault.name in BEFORE:
             self._spoil_before(wire, fault)
@@ -217,7 +220,8 @@ class Server(Listener):
                 return
             fault = None
         if self.switches.tokens is not None and token not in self.switches.tokens:
-            _answer(wire, 401, _status(401, "Unauthorized", "Unauthorized"))
+            status = self.switches.anonymous if not token else 401
+            _answer(wire, status, _status(status, "Unauthorized", "Unauthorized"))
         elif kind in self.switches.answers:
             status = self.switches.answers[kind]
             _answer(wire, status, _status(status, f"{kind} is not for you", "No"))
