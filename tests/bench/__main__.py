@@ -39,17 +39,19 @@ def main() -> None:
     found: dict[str, list[Result]] = {}
     load = os.getloadavg()[0]
     why = unavailable() if any(b.live for b in chosen) else ""
-    for benchmark in chosen:
-        if benchmark.live and why:
-            print(f"{benchmark.name}: not measured: {why}", flush=True)
-            found[benchmark.name] = []
-            continue
-        found[benchmark.name] = run(benchmark, quick=options.quick)
-        for row in benchmark.rows(found[benchmark.name]):
-            mark = {True: "met", False: "MISSED", None: ""}[row.met]
-            print(f"{row.work}\n    {row.measured}\n    {row.aim} {mark}".rstrip(), flush=True)
-    if any(b.live for b in chosen) and not why and not options.keep:
-        unload(Api())
+    try:
+        for benchmark in chosen:
+            if benchmark.live and why:
+                print(f"{benchmark.name}: not measured: {why}", flush=True)
+                found[benchmark.name] = []
+                continue
+            found[benchmark.name] = run(benchmark, quick=options.quick)
+            for row in benchmark.rows(found[benchmark.name]):
+                mark = {True: "met", False: "MISSED", None: ""}[row.met]
+                print(f"{row.work}\n    {row.measured}\n    {row.aim} {mark}".rstrip(), flush=True)
+    finally:
+        if any(b.live for b in chosen) and not why and not options.keep:
+            unload(Api())
     seconds = monotonic() - begin
     print(f"{len(chosen)} benchmarks in {seconds:.0f} s")
     if options.out:

@@ -336,6 +336,18 @@ BENCHMARKS = [
     ),
     Benchmark("idle", "idle", {"pods": 1_000, "policies": 100, "local": 50}, _idle),
     Benchmark("restart", "restart", LARGE, _restart),
+    Benchmark("crossover", "crossover", {"times": 40}, _crossover, quick={"times": 15}),
+    *(
+        Benchmark(
+            f"growth-{over}-{sizes[over]}",
+            "cold",
+            sizes,
+            _nothing,
+            quick={"pods": min(sizes["pods"], 2_000), "policies": 100},
+        )
+        for over, series in GROWTH.items()
+        for sizes in series
+    ),
     *(
         Benchmark(
             f"live-event-{name}",
@@ -355,17 +367,5 @@ BENCHMARKS = [
         _live_processor,
         quick={"seconds": 10},
         live=True,
-    ),
-    Benchmark("crossover", "crossover", {"times": 40}, _crossover, quick={"times": 15}),
-    *(
-        Benchmark(
-            f"growth-{over}-{sizes[over]}",
-            "cold",
-            sizes,
-            _nothing,
-            quick={"pods": min(sizes["pods"], 2_000), "policies": 100},
-        )
-        for over, series in GROWTH.items()
-        for sizes in series
     ),
 ]

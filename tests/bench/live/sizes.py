@@ -15,6 +15,8 @@ from tests.bench.live.node import Agent, Node
 STRATEGIC = "application/strategic-merge-patch+json"
 SETTLE = 12.0
 """Seconds after the start: sets are counted, and the kernel is read for the first time."""
+REST = 3.0
+"""Seconds that the API server is given after it has shown us everything."""
 WRITERS = 4
 
 
@@ -22,6 +24,7 @@ def start(pods: int, policies: int, local: int) -> dict[str, Any]:
     """On an empty node; then again, where the first has left its rules."""
     api = Api()
     load(api, LiveWorld(pods, policies, local))
+    sleep(REST)
     node = Node(api)
     with Agent(node) as agent:
         cold = agent.ready()
