@@ -67,13 +67,13 @@ def fresh(places: Places, tmp_path: Path) -> Iterator[Callable[..., Agents]]:
     """Agents of one test alone, started with the options that it gives."""
     stack = []
 
-    def start(*options: str) -> Agents:
+    def start(*options: str, ready: bool = True) -> Agents:
         context = running(places, tmp_path, *options)
         made = context.__enter__()
         stack.append(context)
         for one in made.values():
             one.start()
-        for one in made.values():
+        for one in made.values() if ready else ():
             one.wait_ready()
         return made
 

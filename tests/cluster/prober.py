@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import select
 import socket
 import struct
@@ -71,9 +72,12 @@ def probe(places: Places, questions: Sequence[Question], least: float = 0.4, mos
 
 
 def connect(address: str, port: int) -> socket.socket:
-    """The beginning of a TCP connection out of where this thread is."""
+    """The beginning of a TCP connection out of where this thread is. Raises OSError when it cannot be sent at all."""
     made = socket.socket(_family(address), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    made.connect_ex((address, port))
+    trouble = made.connect_ex((address, port))
+    if trouble not in (0, errno.EINPROGRESS):
+        made.close()
+        raise OSError(trouble, f"{os.strerror(trouble)} on the way to {address}:{port}")
     return made
 
 

@@ -73,6 +73,17 @@ class Stage:
         """All pods, ready, without labels."""
         self._tell([namespace(name) for name in self.spaces])
         self._tell([self._pod(ref, {}) for ref in self._own])
+        self._wait()
+
+    def replace(self, *refs: str) -> None:
+        """Pods that go and come again as they were, but for their addresses."""
+        pods = [self._current.pop(self._key(self._pod(ref, {}))) for ref in refs]
+        kubectl("delete", "-f", "-", text=_listed(pods))
+        self._tell(pods)
+        self._wait()
+
+    def _wait(self) -> None:
+        """Until all pods are ready; what their addresses are."""
         for name in self.spaces:
             kubectl("-n", name, "wait", "--for=condition=Ready", "pods", "--all", "--timeout=120s")
             for pod in json.loads(kubectl("-n", name, "get", "pods", "-o", "json"))["items"]:
@@ -138,7 +149,7 @@ class Stage:
 
     def _tell(self, wanted: Sequence[Object], *, whole: bool = False) -> None:
         """Have the cluster hold these objects; when they are the `whole`, no other policies."""
-        named = {f"{one['kind']} {one['metadata'].get('namespace')} {one['metadata']['name']}": one for one in wanted}
+        named = {self._key(one): one for one in wanted}
         gone = [key for key in self._current if key.startswith("NetworkPolicy ") and key not in named] if whole else []
         changed = [one for key, one in named.items() if self._current.get(key) != one]
         if gone:
@@ -146,6 +157,10 @@ class Stage:
         if changed:
             kubectl("apply", "-f", "-", text=_listed(changed))
         self._current |= named
+
+    @staticmethod
+    def _key(one: Object) -> str:
+        return f"{one['kind']} {one['metadata'].get('namespace')} {one['metadata']['name']}"
 
     def _renamed(self, value: Any, key: str = "") -> Any:
         """A policy as for the namespaces' names here."""
