@@ -332,7 +332,7 @@ class Server(Listener):
         sent = 0
         for found in watch.lines():
             line = found
-            if fault is not None and sent >= fault.after:
+            if fault is not None and sent >= fault.after and (watch.live or fault.name != "replay"):
                 if fault.name in ("end", "torn", "error"):
                     self._spoil_end(wire, fault, line or watch.bookmark())
                     break
@@ -395,11 +395,15 @@ class Server(Listener):
         """What has happened to a kind; waits a moment when that is nothing."""
         with self._changed:
             for _ in range(2):
-                found = [event for event in self.history if event.version > version and event.kind == kind]
+                found = self.after(kind, version)
                 if found or bookmarks != self._bookmarks or self.stopping.is_set():
                     break
                 self._changed.wait(TICK)
             return found, self._bookmarks, self.version
+
+    def after(self, kind: str, version: int) -> list[Event]:
+        with self._changed:
+            return [event for event in self.history if event.version > version and event.kind == kind]
 
     def now(self, kind: str) -> tuple[list[Object], int]:
         with self._changed:
@@ -407,13 +411,14 @@ class Server(Listener):
 
 
 class _Watch:
-    """One watch; `position` is the version up to which all was told, 0 before that."""
+    """One watch; `position` is the version up to which all was told, 0 before that, and `live` when a list is over."""
 
     def __init__(self, server: Server, kind: str, query: Mapping[str, str], initial: bool) -> None:
         self._server = server
         self._kind = kind
         self._initial = initial
-        self._begin = self.position = 0 if initial else int(query["resourceVersion"])
+        self.live = False
+        self.position = 0 if initial else int(query["resourceVersion"])
         self._end = monotonic() + float(query["timeoutSeconds"])
 
     def lines(self) -> Iterator[bytes | None]:
@@ -422,8 +427,15 @@ class _Watch:
             objects, version = self._server.now(self._kind)
             for one in objects:
                 yield _line("ADDED", one)
-            self._begin = self.position = version
+            for event in self._server.after(
+                self._kind, version
+            ):  # what has happened meanwhile may come before the mark
+                version = event.version
+                yield _line(event.type, event.object)
+            self.position = version
             yield self.bookmark({INITIAL_EVENTS_END: "true"})
+        self.live = True
+        yield None
         bookmarks = self._server._bookmarks
         while not self._server.stopping.is_set() and monotonic() < self._end:
             events, told, version = self._server.since(self._kind, self.position, bookmarks)
@@ -437,7 +449,7 @@ class _Watch:
                 yield None
 
     def told(self) -> list[Event]:
-        """What there was of the kind up to now, as far back as a watch could have begun."""
+        """All that there was of the kind, up to where this watch is."""
         return [e for e in self._server.history if e.kind == self._kind and e.version <= self.position]
 
     def bookmark(self, annotations: Mapping[str, str] | None = None) -> bytes:
