@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.kube import NODES, agent
-from tests.cluster.live import Agents, Running
+from tests.cluster.live import Agents, Running, node_addresses
 from tests.cluster.places import Places
 
 LINES = 60
@@ -29,7 +29,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def places() -> Iterator[Places]:
+    """Open files of the nodes' and pods' network namespaces."""
     made = Places()
+    try:
+        made.open(*(node_addresses(node)[0] for node in NODES))
+    except LookupError as error:
+        pytest.skip(f"needs nodes whose processes are seen from here: {error}")
     yield made
     made.close()
 
