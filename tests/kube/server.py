@@ -22,6 +22,8 @@ from tests.nodes import key_of
 Object = dict[str, Any]
 PATHS = {kind.path: kind.name for kind in KINDS}
 GROUPS = {kind.name: kind.path.rpartition("/")[0].removeprefix("/apis/").removeprefix("/api/") for kind in KINDS}
+EVENT = "Event"
+"""The kind that is posted, for faults."""
 TICK = 0.02
 """Seconds after which a watch without news looks whether its client is still there."""
 
@@ -120,7 +122,7 @@ class Server(Listener):
         self.events: dict[str, Object] = {}
         self._objects: dict[str, dict[str, Object]] = {name: {} for name in GROUPS}
         self._pinned: dict[tuple[str, int], list[Object]] = {}
-        self._faults: dict[str, deque[Fault]] = {name: deque() for name in GROUPS}
+        self._faults: dict[str, deque[Fault]] = {name: deque() for name in (*GROUPS, EVENT)}
         self._bookmarks = 0
         self._changed = Condition(RLock())
         self.put(*objects)
@@ -210,7 +212,7 @@ class Server(Listener):
     def serve(self, wire: Wire) -> None:
         request = wire.request()
         token = request.headers.get("authorization", "").partition(" ")[2]
-        kind = PATHS.get(request.path, "")
+        kind = EVENT if request.method == "POST" else PATHS.get(request.path, "")
         if kind:
             self.asked.append(Asked(kind, request.query, monotonic(), token, request.headers["user-agent"]))
         fault = self._faults[kind].popleft() if kind and self._faults[kind] else None
