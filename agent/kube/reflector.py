@@ -80,7 +80,8 @@ class Reflector:
         while not stop.is_set():
             begin, before = monotonic(), (self._version, self._latest)
             error = self._session(stop)
-            moved = before != (self._version, self._latest) and not isinstance(error, Gone)
+            resumed, now = before[0], (self._version, self._latest)
+            moved = resumed and self._version and before != now  # a list alone is none: the watch behind it may fail
             failures = 0 if moved or monotonic() - begin > self._patience.longest else failures + 1
             pause = self._pause(failures) if failures > 1 or error is not None else 0.0
             if error is not None:

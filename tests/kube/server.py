@@ -44,7 +44,9 @@ INSIDE = (
     "torn",
     "trickle",
 )
-"""Faults in a watch, behind its first `after` lines; those that a list can have spoil one, too."""
+"""Faults in a watch, behind its first `after` lines, or LIVE; those that a list can have spoil one, too."""
+LIVE = -1
+"""Behind the list that a watch begins with, if it does."""
 
 
 class Fault(NamedTuple):
@@ -334,7 +336,7 @@ class Server(Listener):
         sent = 0
         for found in watch.lines():
             line = found
-            if fault is not None and sent >= fault.after and (watch.live or fault.name != "replay"):
+            if fault is not None and sent >= fault.after and (watch.live or fault.after >= 0):
                 if fault.name in ("end", "torn", "error"):
                     self._spoil_end(wire, fault, line or watch.bookmark())
                     break

@@ -34,7 +34,7 @@ from agent.loop.npm import NodeMetrics
 from agent.loop.watching import Watching
 from tests import worlds
 from tests.kube.following import DEADLINE, TIMEOUTS, plainly
-from tests.kube.server import Fault, Server
+from tests.kube.server import LIVE, Fault, Server
 from tests.nodes import key_of, node_of, snapshot
 from tests.test_incremental import node_name
 
@@ -181,7 +181,9 @@ def faults() -> st.SearchStrategy[Fault]:
         st.tuples(st.sampled_from(slow), st.just(0), st.sampled_from([0.002, 0.01, 0.04])).map(lambda a: Fault(*a)),
         st.sampled_from([429, 500, 503, 401, 403, 404, 410, 504, 302]).map(lambda s: Fault("answer", status=s)),
     ]
-    return st.tuples(st.one_of(kinds), st.integers(0, 3)).map(lambda drawn: drawn[0]._replace(after=drawn[1]))
+    return st.tuples(st.one_of(kinds), st.integers(0, 3)).map(
+        lambda drawn: drawn[0]._replace(after=LIVE if drawn[0].name == "replay" else drawn[1])
+    )
 
 
 def _touch(server: Server) -> None:

@@ -15,7 +15,7 @@ from agent.kube.errors import Broken, Gone, Refused, Silent, Unreachable
 from agent.kube.kinds import NAMESPACE, NETWORK_POLICY, POD
 from agent.kube.reflector import Patience, Reflector
 from tests.kube.following import PATIENCE, Following, following, pod, until
-from tests.kube.server import Fault, Server
+from tests.kube.server import LIVE, Fault, Server
 
 A, B, C, D = (pod(name) for name in "abcd")
 IMPATIENT = Timeouts(connect=5.0, answer=0.1, silence=0.1)
@@ -279,7 +279,7 @@ def test_what_was_told_before_is_ignored(name: str) -> None:
         found.server.put(B)
         found.server.delete(B)
         until(lambda: ("deleted", "x/b") in found.told.log)
-        found.server.spoil("Pod", Fault(name))
+        found.server.spoil("Pod", Fault(name, after=LIVE))
         found.server.hang_up()
         found.until_asked(2)
         found.server.put(C)
@@ -395,6 +395,17 @@ def test_a_server_that_only_knows_lists_is_not_asked_in_a_loop() -> None:
         until(lambda: len(found.told.versions_in_sync) == 8)
         times = [one.at for one in found.asked]
         assert times[7] - times[0] >= 0.6
+
+
+def test_lists_that_lead_to_nothing_are_not_asked_for_in_a_loop() -> None:
+    """Lists are good, and the watches behind them fail at once: not every node may read everything again and again."""
+    server = Server(A)
+    server.spoil("Pod", *[Fault("error", after=LIVE)] * 12)
+    with following(server, patience=Patience(first=0.02, longest=0.32)) as found:
+        found.until_asked(13)
+        assert found.lists >= 4
+        times = [one.at for one in found.asked]
+        assert times[12] - times[0] >= 1.0
 
 
 def test_a_defect_of_ours_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
