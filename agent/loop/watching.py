@@ -20,14 +20,18 @@ from agent.loop.metrics import Metrics
 
 PATIENCE = 30.0
 """Seconds without the API after which we say so in the readiness; what is enforced stays as it was."""
+STEADY = 5.0
+"""Seconds for which the server must answer before a fault counts as over: a stream may open and fail, again and again."""
 
 
 class Fault(NamedTuple):
-    """Why the API does not tell us about a kind; `since` when that began, as `monotonic` tells it."""
+    """Why the API does not tell us about a kind; `since` when that began, `over` when the server answered again, as
+    `monotonic` tells it."""
 
     error: ApiError
     advice: str
     since: float
+    over: float | None = None
 
 
 class Watching:
@@ -61,8 +65,8 @@ class Watching:
         found = []
         for kind in sorted({*pending, *faults}):
             fault = faults.get(kind)
-            if fault is None:
-                found.append(f"{kind}: the first list is not complete")
+            if fault is None or fault.over is not None:
+                found += [f"{kind}: the first list is not complete"] if kind in pending else []
             elif kind in pending or now - fault.since > PATIENCE:
                 found.append(f"{kind}: {told(fault.error, fault.advice)}")
         return found
@@ -83,14 +87,17 @@ class Watching:
         self._inbox.wake()
 
     def connected(self, kind: str) -> None:
-        fault = self._faults.pop(kind, None)
-        if fault is not None and monotonic() - fault.since > 1:
-            log(logging.INFO, f"{kind}: the API server answers again", kind=kind)
+        fault, now = self._faults.get(kind), monotonic()
+        if fault is not None and fault.over is None:
+            self._faults[kind] = fault._replace(over=now)
+            if now - fault.since > 1:
+                log(logging.INFO, f"{kind}: the API server answers again", kind=kind)
 
     def failed(self, kind: str, error: ApiError, advice: str) -> None:
         self._metrics.watch_restarts.labels(kind, error.kind).inc()
-        before = self._faults.get(kind)
-        self._faults[kind] = Fault(error, advice, before.since if before else monotonic())
+        before, now = self._faults.get(kind), monotonic()
+        goes_on = before is not None and (before.over is None or now - before.over < STEADY)
+        self._faults[kind] = Fault(error, advice, before.since if before and goes_on else now)
         level = logging.INFO if isinstance(error, Gone) else logging.WARNING
         log(level, f"{kind}: {told(error, advice)}", kind=kind)
         if isinstance(error, Defect):

@@ -19,15 +19,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from agent.core.findings import Finding
 from agent.core.policy import read_policy
 from agent.dataplane.report import Report
-from agent.kube.errors import Refused
+from agent.kube.errors import Refused, Unreachable
 from agent.kube.events import Announcer, event, event_name
 from agent.loop import health as health_module
+from agent.loop import watching as watching_module
 from agent.loop.health import Health
 from agent.loop.inbox import Inbox
 from agent.loop.logs import LOGGER, Repeats, configure, log
 from agent.loop.metrics import LATENCIES, WRITES, Metrics, Sizes
 from agent.loop.npm import ClusterMetrics, NodeMetrics
 from agent.loop.server import REQUESTS, Address, Server, health_paths, metrics_path
+from agent.loop.watching import Watching
 
 
 def filled() -> Metrics:
@@ -213,6 +215,32 @@ def test_a_writer_that_is_stuck_is_not_alive(monkeypatch: pytest.MonkeyPatch) ->
     assert health.reasons() == ["Pod: no answer", "nothing has been enforced yet", "kube-proxy runs in IPVS mode"]
     assert health_paths(health)["/livez"]().status == 503
     assert metrics_path("/metrics", filled().registry)["/metrics"]().status == 200
+
+
+def test_a_stream_that_opens_and_fails_again_and_again_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It began when it first failed; over it is when the server has answered for a while."""
+    now = 100.0
+    monkeypatch.setattr(watching_module, "monotonic", lambda: now)
+    watching = Watching(None, Inbox(), Metrics(Inbox()))  # type: ignore[arg-type]
+    assert watching.reasons() == [f"{k}: the first list is not complete" for k in ("Namespace", "NetworkPolicy", "Pod")]
+    for kind in ("Namespace", "NetworkPolicy", "Pod"):
+        watching.connected(kind)
+        watching.in_sync(kind)
+    assert watching.complete
+    assert watching.reasons() == []
+    for _ in range(40):
+        watching.failed("Pod", Refused(500, "storage is down"), "")
+        now += 1
+        watching.connected("Pod")
+        assert watching.reasons() == []
+    watching.failed("Pod", Refused(500, "storage is down"), "")
+    assert watching.reasons() == ["Pod: storage is down (HTTP 500)"]
+    watching.connected("Pod")
+    now += 60
+    watching.failed("Pod", Unreachable("refused"), "")
+    assert watching.reasons() == []
+    now += 31
+    assert watching.reasons() == ["Pod: no answer from the API server: refused"]
 
 
 # --- Events ----------------------------------------------------------------------------------------------------------
