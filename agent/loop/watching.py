@@ -21,7 +21,7 @@ from agent.loop.metrics import Metrics
 PATIENCE = 30.0
 """Seconds without the API after which we say so in the readiness; what is enforced stays as it was."""
 STEADY = 5.0
-"""Seconds for which the server must answer before a fault counts as over: a stream may open and fail, again and again."""
+"""Seconds for which the server must answer until a fault is over: streams may open and fail, again and again."""
 
 
 class Fault(NamedTuple):
