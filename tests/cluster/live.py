@@ -16,6 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.cluster.kube import kubectl, node_command
 from tests.cluster.places import Places
 
+MORTAL = ("setpriv", "--pdeathsig", "KILL")
+"""Whoever kills the tests has killed the agents, too."""
 HEALTH, METRICS = 10093, 10092
 STARTED = 60.0
 """Seconds until an agent must be ready, on a machine that is busy with something else, too."""
@@ -57,7 +59,10 @@ class Running:
         command = node_command(self.node, sys.executable, "-m", "agent", "run", "--node", self.node)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, *self.options, *options], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                [*MORTAL, *command, *self.options, *options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
 
     def wait_ready(self) -> float:
