@@ -17,7 +17,7 @@ SETTLE = 12.0
 """Seconds after the start: sets are counted, and the kernel is read for the first time."""
 REST = 3.0
 """Seconds that the API server is given after it has shown us everything."""
-WRITERS = 4
+WRITERS = 8
 
 
 def start(pods: int, policies: int, local: int) -> dict[str, Any]:
