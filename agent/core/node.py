@@ -210,6 +210,12 @@ class Node:
             for spec in chain.sets:
                 self.sets.release(spec)
 
+    def forget_departed(self) -> None:
+        """Count the addresses of peers elsewhere that have gone, and that nobody has taken, as inherited: what is
+        left of their connections goes with the next journal. Called now and then, else they are remembered for ever."""
+        self._inherited |= self._departed
+        self._departed = set()
+
     def journal(self) -> Journal:
         """Hand over what to compare, and begin anew; call after `compile`."""
         taken = Journal(

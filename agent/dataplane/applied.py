@@ -122,12 +122,12 @@ def _canonical_address(text: str) -> str:
 CANONICAL_JUMP = canonical(JUMP)
 
 
-def parse_save(text: str) -> AppliedTable:
-    """Our part of what `iptables-save -t filter` prints."""
+def parse_save(lines: Iterable[str]) -> AppliedTable:
+    """Our part of what `iptables-save -t filter` prints; lines without NPA- or a rule of FORWARD may be missing."""
     table = AppliedTable()
     rules: dict[str, list[CanonicalRule]] = {}
     forward: list[str] = []
-    for line in text.splitlines():
+    for line in lines:
         if line.startswith("-A FORWARD "):
             forward.append(line.removeprefix("-A FORWARD "))
         elif "NPA-" not in line:
@@ -152,10 +152,10 @@ def _leads_to_us(rule: str) -> bool:
     return any(item[:3] in ("-j ", "-g ") and is_ours(item[3:]) for item in canonical(rule))
 
 
-def parse_ipset_save(text: str) -> dict[str, AppliedSet]:
-    """Our part of what `ipset save` prints."""
+def parse_ipset_save(lines: Iterable[str]) -> dict[str, AppliedSet]:
+    """Our part of what `ipset save` prints; lines that do not hold our prefix may be missing."""
     sets: dict[str, AppliedSet] = {}
-    for line in text.splitlines():
+    for line in lines:
         verb, _, rest = line.partition(" ")
         if not _OURS.match(rest):
             continue

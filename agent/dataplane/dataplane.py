@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter, sleep
@@ -11,10 +12,10 @@ from time import perf_counter, sleep
 from agent.core.addresses import FAMILIES, V4, Address
 from agent.core.node import Node
 from agent.dataplane import conntrack, grace
-from agent.dataplane.applied import Applied
+from agent.dataplane.applied import Applied, parse_ipset_save
 from agent.dataplane.errors import KernelError, refused
 from agent.dataplane.ipset import Ipset
-from agent.dataplane.iptables import BACKENDS, Backend
+from agent.dataplane.iptables import BACKENDS, Backend, parse_tables
 from agent.dataplane.notices import Notices
 from agent.dataplane.plan import (
     AddMembers,
@@ -69,6 +70,8 @@ class Dataplane:
         self._known: frozenset[Address] | None = None  # addresses of the node's pods at the last sync
         self._unused: dict[str, float] = {}  # sets to destroy, and from when on it is tried
         self._linger = linger
+        self._seen = b""  # a hash of what was read last
+        self._right: bytes | None = None  # the same of what was as desired, if nothing was written since
         self._transactions = 0  # of ours that nf_tables has told of, or will
 
     def close(self) -> None:
@@ -98,7 +101,8 @@ class Dataplane:
 
     def read(self) -> Applied:
         """What the kernel holds of ours now. Raises KernelError."""
-        return Applied(self._ipset.read(), self.backend.read(self.families))
+        sets, tables = self._save()
+        return Applied(parse_ipset_save(sets), parse_tables(tables))
 
     def sync(self, node: Node) -> Report:
         """Bring the kernel to what the node desires; the first time, and after a refusal, from what it holds.
@@ -118,6 +122,10 @@ class Dataplane:
                 self._mirror = None
                 with report.stage("plan"):
                     operations = plan(node, journal, mirror, self.options, everything=everything, known=self._known)
+                if operations:
+                    self._right = None
+                elif everything:
+                    self._right = self._seen
                 self._execute(operations, mirror, report)
             except KernelError as error:
                 if attempt + 1 == ATTEMPTS:
@@ -131,9 +139,28 @@ class Dataplane:
         return report
 
     def resync(self, node: Node) -> Report:
-        """As `sync`, from what the kernel really holds: drift is found and repaired."""
-        self._mirror = None
+        """As `sync`, from what the kernel really holds: drift is found and repaired.
+
+        Text that is the same as when it was last right, with no write of ours since, is not even parsed."""
+        if not self._as_it_was():
+            self._mirror = None
         return self.sync(node)
+
+    def _save(self) -> tuple[list[str], dict[int, list[str]]]:
+        """What the tools print of ours. Raises KernelError."""
+        saved = self._ipset.save(), self.backend.save(self.families)
+        self._seen = sha256(repr(saved).encode()).digest()
+        return saved
+
+    def _as_it_was(self) -> bool:
+        """Whether the kernel holds what it held when it was last right."""
+        if self._right is None:
+            return False
+        try:
+            self._save()
+        except KernelError:
+            return False
+        return self._seen == self._right
 
     def clean(self) -> Report:
         """Take away all that is ours in this namespace, on both backends, from whatever state. Raises KernelError."""

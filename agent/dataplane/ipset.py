@@ -40,7 +40,12 @@ class Ipset:
 
     def read(self) -> dict[str, AppliedSet]:
         """Our sets with their members. Raises KernelError."""
-        return parse_ipset_save(run_all([["ipset", "save"]])[0])
+        return parse_ipset_save(self.save())
+
+    @staticmethod
+    def save() -> list[str]:
+        """The lines of `ipset save` that are ours. Raises KernelError."""
+        return [line for line in run_all([["ipset", "save"]])[0].splitlines() if " npa" in line]
 
     def write(self, operations: Sequence[SetOperation]) -> None:
         """Carry out operations in order. Raises KernelError; what was done before it stays."""

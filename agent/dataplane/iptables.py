@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +52,18 @@ class Backend:
 
     def read(self, versions: Iterable[int]) -> dict[int, AppliedTable]:
         """Our part of each family's filter table. Raises KernelError."""
+        return parse_tables(self.save(versions))
+
+    def save(self, versions: Iterable[int]) -> dict[int, list[str]]:
+        """The lines of each family's filter table that concern us, as `iptables-save` has them. Raises KernelError."""
         versions = list(versions)
         commands = [[self.tool(version, "save"), "-t", "filter"] for version in versions]
-        tables = {}
+        found = {}
         for version, command, text in zip(versions, commands, run_all(commands)):
             if _UNREADABLE in text:  # and that is all there is, without a failure
                 raise refused(" ".join(command), next(line for line in text.splitlines() if _UNREADABLE in line))
-            tables[version] = parse_save(text)
-        return tables
+            found[version] = [line for line in text.splitlines() if "NPA-" in line or line.startswith("-A FORWARD ")]
+        return found
 
     def readable(self, versions: Iterable[int]) -> list[int]:
         """The families whose filter table can be read without making it: reading a legacy table does."""
@@ -88,6 +92,11 @@ class Backend:
             failed = process.returncode != 0
             answers.append(_refusal(tool, text, said(process, errors)) if failed else None)
         return answers
+
+
+def parse_tables(saved: Mapping[int, Iterable[str]]) -> dict[int, AppliedTable]:
+    """What `Backend.save` gave."""
+    return {version: parse_save(lines) for version, lines in saved.items()}
 
 
 def _refusal(tool: str, text: str, errors: str) -> KernelError:

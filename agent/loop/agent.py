@@ -253,8 +253,9 @@ class Agent:
     def _repair(self, cause: str) -> None:
         """Read the kernel, and put right what somebody else changed."""
         self._metrics.drift_checks.labels(cause).inc()
+        self.node.forget_departed()
         report = self._sync(from_kernel=True)
-        if report is not None and report.writes - report.sets_destroyed:
+        if report is not None and report.writes - report.sets_destroyed - report.connections_forgotten:
             self._metrics.drift_found.labels(cause).inc()
             self._metrics.drift_repaired.labels(cause).inc()
             log(logging.WARNING, f"drift: somebody changed what we had programmed; repaired: {report}")
