@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
 from typing import Any, NamedTuple
 
+from tests.cluster.echoes import echoing
 from tests.cluster.kube import NODES, agnhost, kubectl
 from tests.cluster.live import node_addresses
 from tests.cluster.places import Places
@@ -47,6 +48,8 @@ class Stage:
         self.prefix = prefix
         self._borrowed = borrowed or {}
         self._own = [ref for ref in cast_of(*cases) if ref not in self._borrowed]
+        probes = [one for case in cases for step in case.steps for one in step.probes if one.protocol == "UDP"]
+        self._echoed = sorted({one.port or 0 for one in probes if (OUTSIDE in {d for _, d, _ in one.expected.pairs()})})
         self._ports = sorted({port for case in cases for step in case.steps for port in step.ports})
         self._nodes = {ref: NODES[number % 2] for number, ref in enumerate(self._own)}
         self.addresses: dict[str, list[str]] = {}
@@ -91,6 +94,10 @@ class Stage:
                 ref = f"{name.removeprefix(self.prefix)}/{pod['metadata']['name']}"
                 self.addresses[ref] = sorted(held, key=lambda address: ":" in address)
         self._places.open(*(held[0] for held in (*self.addresses.values(), *self._outside.values())))
+
+    def outside_answers(self) -> AbstractContextManager[None]:
+        """As long as this lasts, the nodes answer on the UDP ports that are asked of the outside."""
+        return echoing(self._places, self._outside.values(), self._echoed)
 
     def remove(self) -> None:
         kubectl("delete", "namespace", "--ignore-not-found", *self.spaces)
@@ -212,7 +219,8 @@ def staged(stage: Stage) -> Iterator[Stage]:
     """Its pods, as long as they are needed."""
     try:
         stage.build()
-        yield stage
+        with stage.outside_answers():
+            yield stage
     finally:
         stage.remove()
 
