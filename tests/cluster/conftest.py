@@ -18,14 +18,6 @@ LINES = 60
 _running: list[Running] = []
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep these tests on one worker: how xdist 3.8 marks a group is lost on pytest 9.2, which names them otherwise."""
-    for item in items if config.getoption("loadgroup", False) else ():
-        if item.path.parent == HERE and "@" not in item.nodeid and hasattr(item, "_id"):
-            item._id = type(item._id).parse(f"{item.nodeid}@cluster")
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
