@@ -84,3 +84,16 @@ def test_a_policy_of_equal_content_is_the_newer_one() -> None:
     manifest["spec"] = {"ingress": [{"ports": [{"port": 70000}]}]}
     node.apply_policy(read_policy(manifest))
     assert "70000" in node.policies.policies["x/p"].findings[0].message
+
+
+def test_departed_peers_are_not_remembered_for_ever() -> None:
+    """What is left of their connections goes once, with the next journal, although nobody has taken the address."""
+    node = node_with(friend("one"))
+    delete(node, ("Pod", "x/friend"))
+    assert inherited(node) == set()
+    node.forget_departed()
+    assert inherited(node) == {ADDRESS}
+    node.forget_departed()
+    assert inherited(node) == set()
+    apply(node, friend("two"))
+    assert inherited(node) == set()

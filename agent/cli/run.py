@@ -121,6 +121,8 @@ def run(
     Exit codes: 0 told to stop; 2 usage; 3 no configuration, an address that cannot be listened on, or the kernel kept
     refusing. What is enforced stays in any case.
     """
+    if not node_name.strip():
+        raise click.UsageError("--node is empty: give the node's name, as kubectl get nodes has it")
     sys.setswitchinterval(SWITCH)
     logs.configure(log_format, log_level)
     connection = Connection(configuration_source(kubeconfig, context))

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import pytest
 
+from agent.dataplane import dataplane as module
+from agent.dataplane.applied import parse_ipset_save
 from agent.dataplane.inspect import drift, drift_from
 from agent.dataplane.render import OPTIONS
 from tests.dataplane.kernel import FAMILIES, Kernel, run
-from tests.dataplane.scenes import Agent, cluster, desired
+from tests.dataplane.scenes import Agent, cluster, desired, without
 from tests.tracer import Unknown
 
 pytestmark = pytest.mark.root
@@ -321,3 +323,38 @@ def test_many_at_once(backend: str, kernel: Kernel, rng: random.Random, many: Ca
                     continue  # what it would damage is gone already
             agent.resync()
             assert kernel.ours() == desired(agent.node)
+
+
+def test_what_was_right_is_not_parsed_again(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until we write ourselves, or somebody else does: then all is read anew, and repaired."""
+    parsed: list[str] = []
+    monkeypatch.setattr(module, "parse_ipset_save", lambda lines: parsed.append("sets") or parse_ipset_save(lines))
+    with Agent(kernel.backend, cluster()) as agent:
+        agent.sync()
+        agent.resync()
+        parsed.clear()
+        kernel.rules(4, ":OTHERS - [0:0]", "-A OTHERS -j RETURN")
+        for _ in range(3):
+            assert agent.resync().writes == 0
+        assert not parsed
+        name = min(name for name in kernel.sets() if name.startswith("npa4-p-"))
+        kernel.ipset("add", name, "192.0.2.1")
+        assert agent.resync().members_deleted == 1
+        assert kernel.ours() == desired(agent.node)
+        kernel.iptables(6, "-F", "NPA-INGRESS")
+        assert agent.resync().writes > 0
+        assert kernel.ours() == desired(agent.node)
+        agent.change(without(cluster(), "Pod/friend"))
+        assert agent.resync().writes == 0
+        assert agent.resync().writes == 0
+        parsed.clear()
+        agent.change(cluster())
+        kernel.ipset("del", name, kernel_member(kernel, name))
+        assert agent.resync().members_added == 1
+        assert parsed
+        assert kernel.ours() == desired(agent.node)
+
+
+def kernel_member(kernel: Kernel, name: str) -> str:
+    """Any member of a set, as ipset prints it."""
+    return next(line.split()[2] for line in kernel.saved_sets().splitlines() if line.startswith(f"add {name} "))
