@@ -11,6 +11,8 @@ import msgspec
 
 LOGGER = logging.getLogger("netpol-agent")
 REPEAT_SECONDS = 60.0
+BURST, PER_SECOND = 200, 10
+"""Lines about changes: so many at once, and so many a second for long."""
 REMEMBERED = 1000
 """Different lines that are remembered, so that their repeats are held back."""
 
@@ -34,14 +36,39 @@ def configure(form: str, level: str) -> None:
 
 
 class Repeats(logging.Filter):
-    """Lets a line through when it was not told within the last minute; the next one says how many were held back."""
+    """Lets a line through when it was not told within the last minute; the next one says how many were held back.
+
+    Of lines that are no warnings, no more than `BURST` at once and `PER_SECOND` for long."""
 
     def __init__(self, seconds: float = REPEAT_SECONDS) -> None:
         super().__init__()
         self._seconds = seconds
         self._told: dict[str, tuple[float, int]] = {}
+        self._left = float(BURST)
+        self._counted = time.monotonic()
+        self._dropped = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING and not self._has_room():
+            self._dropped += 1
+            return False
+        if not self._is_new(record):
+            return False
+        if self._dropped:
+            record.msg, record.args = "%s (%d lines before it left out)", (record.getMessage(), self._dropped)
+            self._dropped = 0
+        return True
+
+    def _has_room(self) -> bool:
+        now = time.monotonic()
+        self._left = min(self._left + (now - self._counted) * PER_SECOND, BURST)
+        self._counted = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+    def _is_new(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
         now = time.monotonic()
         last, held = self._told.pop(text, (now - self._seconds, 0))

@@ -168,8 +168,24 @@ def test_what_repeats_is_told_once_with_its_number() -> None:
     assert repeats.filter(last)
     assert last.getMessage() == "a (and 5 times more in the last minutes)"
     for number in range(5000):
-        repeats.filter(record(f"line {number}"))
+        warning = record(f"line {number}")
+        warning.levelno = logging.WARNING
+        assert repeats.filter(warning)
     assert len(repeats._told) <= 1000
+
+
+def test_a_flood_of_changes_is_no_flood_of_lines() -> None:
+    """What is left out is counted; warnings are told all the same."""
+    repeats = Repeats()
+
+    def record(message: str, level: int = logging.INFO) -> logging.LogRecord:
+        return logging.LogRecord("n", level, "", 0, "%s", (message,), None)
+
+    told = sum(repeats.filter(record(f"policy {number}")) for number in range(10_000))
+    assert 200 <= told < 1000
+    warning = record("the kernel refuses", logging.WARNING)
+    assert repeats.filter(warning)
+    assert f"the kernel refuses ({10_000 - told} lines before it left out)" == warning.getMessage()
 
 
 # --- HTTP ------------------------------------------------------------------------------------------------------------
