@@ -329,6 +329,26 @@ def test_policies_that_cannot_be_enforced_as_written(kernel: Kernel) -> None:
     live.run(play)
 
 
+@pytest.mark.parametrize("backend", ["nft"])
+def test_traffic_that_passes_by_the_rules_is_a_reason(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kube-proxy in IPVS mode, found at the start or later; what can be enforced is."""
+    monkeypatch.setattr(loop, "LOOK", 0.1)
+    live = Live(kernel.backend)
+
+    def play() -> None:
+        live.begin(cluster())
+        live.settle()
+        assert live.health.reasons() == []
+        run("ip", "link", "add", "kube-ipvs0", "type", "dummy")
+        live.until(lambda: any("IPVS mode" in reason for reason in live.health.reasons()))
+        live.put(pod("late", 1, 50, app="web"))
+        live.until(lambda: kernel.ours() == desired([*cluster(), pod("late", 1, 50, app="web")]))
+        run("ip", "link", "delete", "kube-ipvs0")
+        live.until(lambda: live.health.reasons() == [])
+
+    live.run(play)
+
+
 def test_metrics_and_health_are_served_and_nothing_else(kernel: Kernel) -> None:
     live = Live(kernel.backend)
     paths = {**health_paths(live.health), **metrics_path("/metrics", live.metrics.registry)}
