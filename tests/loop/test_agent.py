@@ -339,7 +339,7 @@ def test_traffic_that_passes_by_the_rules_is_a_reason(kernel: Kernel, monkeypatc
         live.begin(cluster())
         live.settle()
         assert live.health.reasons() == []
-        run("ip", "link", "add", "kube-ipvs0", "type", "dummy")
+        run("ip", "link", "add", "kube-ipvs0", "type", "veth", "peer", "name", "other")
         live.until(lambda: any("IPVS mode" in reason for reason in live.health.reasons()))
         live.put(pod("late", 1, 50, app="web"))
         live.until(lambda: kernel.ours() == desired([*cluster(), pod("late", 1, 50, app="web")]))
