@@ -84,6 +84,11 @@ class Dataplane:
         """The mirror: what the kernel holds of ours, None when that is not known."""
         return self._mirror
 
+    @property
+    def lingers(self) -> bool:
+        """Whether sets without a use are still to be destroyed, by a sync after their time."""
+        return bool(self._unused)
+
     def listen(self) -> int | None:
         """Listen to notices of nf_tables; a file that becomes readable with them, None where there are none."""
         if self.backend.name == "nft" and self._notices is None:

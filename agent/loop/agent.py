@@ -105,6 +105,8 @@ class Agent:
                 continue
             if batch:
                 self._enforce(batch)
+            elif self._dataplane.lingers:
+                self._sync()
             cause = "timer" if monotonic() >= due else "notice"
             if cause == "timer" or (disturbed and monotonic() >= repaired + QUIET):
                 self._repair(cause)
