@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import click
 
-from agent.cli.options import backend_option, chosen_backend, multicast_option, waiting_for
+from agent.cli.options import backend_option, chosen_backend, multicast_option
 from agent.dataplane.dataplane import Dataplane
 from agent.dataplane.lock import only_writer
 from agent.dataplane.render import Options
@@ -85,13 +86,13 @@ _LISTEN = _Listen()
 )
 @click.option(
     "--resync",
-    type=click.FloatRange(min=1),
-    default=10.0,
+    type=click.IntRange(1, 3600),
+    default=10,
     show_default=True,
     metavar="SECONDS",
     help="How often the kernel is read to find what others changed; nftables tells at once besides.",
 )
-@click.option("--cleanup-on-exit", is_flag=True, help="Take rules and sets away at SIGTERM; else they stay in force.")
+@click.option("--cleanup-on-exit", is_flag=True, help="Take away at SIGTERM what it enforces; else it stays in force.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--log-level", type=click.Choice(["info", "warning", "error"]), default="info", show_default=True)
 def run(
@@ -103,7 +104,7 @@ def run(
     health_address: Address | None,
     metrics_address: Address | None,
     npm_metrics_address: Address | None,
-    resync: float,
+    resync: int,
     cleanup_on_exit: bool,
     log_format: str,
     log_level: str,
@@ -148,20 +149,28 @@ def run(
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
-    _serve(
-        (health_address, health_paths(health)),
-        (metrics_address, metrics_path("/metrics", metrics.registry)),
-        (npm_metrics_address, metrics_path("/node-metrics", npm.registry)),
-        (npm_metrics_address, metrics_path("/cluster-metrics", ClusterMetrics(metrics).registry)),
-    )
-    with closing(dataplane), only_writer(PATIENCE, waiting_for):
+    with ExitStack() as ends:
+        ends.callback(logs.flush)
+        ends.enter_context(closing(dataplane))
+        if not ends.enter_context(only_writer(PATIENCE, _wait_for, lambda: agent.stopping)):
+            return
+        _serve(
+            (health_address, health_paths(health)),
+            (metrics_address, metrics_path("/metrics", metrics.registry)),
+            (npm_metrics_address, metrics_path("/node-metrics", npm.registry)),
+            (npm_metrics_address, metrics_path("/cluster-metrics", ClusterMetrics(metrics).registry)),
+        )
         watching.start()
         announcer.start()
         agent.run()
         watching.stop()
         announcer.stop()
-        if cleanup_on_exit:
+        if cleanup_on_exit and agent.adopted:
             dataplane.clean()
+
+
+def _wait_for(holder: str) -> None:
+    logs.log(logging.WARNING, f"waiting for another netpol-agent to end ({holder})")
 
 
 def _serve(*wanted: tuple[Address | None, Paths]) -> None:

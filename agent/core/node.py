@@ -96,13 +96,14 @@ class Node:
     def delete_pod(self, key: str) -> None:
         self._pod_changed(self.cluster.delete_pod(key))
 
-    def apply_policy(self, policy: Policy) -> None:
+    def apply_policy(self, policy: Policy) -> bool:
+        """Whether that concerns a pod of this node, as the policy was or as it is."""
         before = self.policies.replace(policy.key, policy)
-        if before != policy:
-            self._policy_changed(before, policy)
+        return before != policy and self._policy_changed(before, policy)
 
-    def delete_policy(self, key: str) -> None:
-        self._policy_changed(self.policies.replace(key, None), None)
+    def delete_policy(self, key: str) -> bool:
+        """Whether that concerns a pod of this node."""
+        return self._policy_changed(self.policies.replace(key, None), None)
 
     def _pod_changed(self, change: PodChange | None) -> None:
         if change is None:
@@ -143,16 +144,19 @@ class Node:
                     del self._by_namespace[namespace]
         self._dirty.add(address)
 
-    def _policy_changed(self, before: Policy | None, after: Policy | None) -> None:
+    def _policy_changed(self, before: Policy | None, after: Policy | None) -> bool:
         policy = after or before
         if policy is None:
-            return
+            return False
+        concerned = False
         selectors = [p.selector for p in (before, after) if p]
         for address in self._by_namespace.get(policy.namespace, ()):
             for holder in self.cluster.holders(address):
                 group = holder.group
                 if group and group.namespace == policy.namespace and any(s.matches(group.labels) for s in selectors):
                     self._dirty.add(address)
+                    concerned = True
+        return concerned
 
     # --- compiling ---------------------------------------------------------------------------------------------------
 

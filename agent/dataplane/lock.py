@@ -16,31 +16,40 @@ NAME = "\0netpol-agent"
 
 
 @contextmanager
-def only_writer(patience: float, waiting: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other netpol-agent writes here, for `patience` seconds; `waiting` is told who does.
+def only_writer(
+    patience: float, waiting: Callable[[str], None], stopped: Callable[[], bool] = lambda: False
+) -> Iterator[bool]:
+    """Wait until no other netpol-agent writes here, for `patience` seconds; `waiting` is told who does. False when we
+    are `stopped` meanwhile.
 
     Raises KernelError when the other one does not end."""
     deadline = monotonic() + patience
-    told = False
+    holder = ""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as lock:
-        while True:
-            try:
-                lock.bind(NAME)
-                break
-            except OSError:
+        while not _takes(lock):
+            if not holder:
                 holder = _holder()
+                waiting(holder)
+            if stopped():
+                yield False
+                return
             if monotonic() > deadline:
                 raise KernelError(
                     "this network namespace",
                     f"is written by another netpol-agent ({holder})",
                     "Stop that one first; while `run` is at work, it alone writes.",
                 )
-            if not told:
-                waiting(holder)
-                told = True
             sleep(0.05)
         lock.listen(8)
-        yield
+        yield True
+
+
+def _takes(lock: socket.socket) -> bool:
+    try:
+        lock.bind(NAME)
+    except OSError:
+        return False
+    return True
 
 
 def _holder() -> str:
@@ -49,8 +58,9 @@ def _holder() -> str:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
             peer.setblocking(False)
             peer.connect(NAME)
-            number, _, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            number, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         command = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return "in another container"
-    return f"process {number}: {' '.join(command.split())[:200]}"
+    who = f" of user {user}" if user else ""
+    return f"process {number}{who}: {' '.join(command.split())[:200]}"

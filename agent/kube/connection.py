@@ -112,7 +112,8 @@ class Connection:
     def renew(self) -> None:
         """Read the configuration again: a token, a certificate or an authority may have been replaced."""
         with self._lock:
-            self._client = self._connect()
+            before, self._client = self._client, self._connect()
+        before.rest_client.close()
 
     def _connect(self) -> client.ApiClient:
         configuration = self._source()

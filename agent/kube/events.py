@@ -6,7 +6,7 @@ An Event's name follows from policy and finding: whichever node is first creates
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from hashlib import sha256
 from queue import Full, Queue
@@ -37,7 +37,7 @@ class Announcer:
         self._connection = connection
         self._node = node
         self._posted = posted
-        self._waiting: Queue[dict[str, object]] = Queue(WAITING)
+        self._waiting: Queue[tuple[str, str, dict[str, object]]] = Queue(WAITING)
         self._told: dict[str, set[str]] = {}  # names of Events by policy
         self._stop = Flag()
 
@@ -48,28 +48,39 @@ class Announcer:
         self._stop.set()
 
     def announce(self, policy: Policy) -> None:
-        """Each finding once, for as long as it stays."""
+        """What is wrong with it: one Event for each id of a finding, once, for as long as it stays."""
         before = self._told.pop(policy.key, set())
-        events = {str(event_name(policy, finding)): finding for finding in policy.findings}
+        events = {event_name(policy, first): (first, more) for first, more in by_id(policy.findings)}
         if events:
             self._told[policy.key] = set(events)
-        for name, finding in events.items():
+        for name, (first, more) in events.items():
             if name not in before:
                 try:
-                    self._waiting.put_nowait(event(policy, finding, self._node))
+                    self._waiting.put_nowait((policy.key, name, event(policy, first, more, self._node)))
                 except Full:
-                    self._posted("failed")
+                    self._failed(policy.key, name)
 
     def forget(self, key: str) -> None:
         """A policy is gone."""
         self._told.pop(key, None)
 
+    def _failed(self, key: str, name: str) -> None:
+        """Tried again when the policy comes again."""
+        self._told.get(key, set()).discard(name)
+        self._posted("failed")
+
     def _run(self) -> None:
         while not self._stop.is_set():
-            body = self._waiting.get()
+            key, name, body = self._waiting.get()
             if self._stop.wait(random.uniform(0, SPREAD) if self._waiting.empty() else 1 / PER_SECOND):
                 return
-            self._posted(self._post(body))
+            if name not in self._told.get(key, ()):
+                continue  # the policy is gone, or mended
+            result = self._post(body)
+            if result == "failed":
+                self._failed(key, name)
+            else:
+                self._posted(result)
 
     def _post(self, body: dict[str, object]) -> str:
         metadata = body["metadata"]
@@ -92,19 +103,25 @@ class Announcer:
         return "failed"
 
 
+def by_id(findings: Iterable[Finding]) -> list[tuple[Finding, str]]:
+    """The first finding of each id, and in words how many more of it there are."""
+    grouped: dict[str, list[Finding]] = {}
+    for finding in findings:
+        grouped.setdefault(finding.id, []).append(finding)
+    return [(found[0], f" (and {len(found) - 1} more like it)" * (len(found) > 1)) for found in grouped.values()]
+
+
 def event_name(policy: Policy, finding: Finding) -> str:
-    """The same on every node."""
-    content = "\0".join((policy.uid, finding.id, finding.field, finding.message))
-    digest = sha256(content.encode()).hexdigest()[:16]
+    """The same on every node, for all findings of an id."""
+    digest = sha256(f"{policy.uid} {finding.id}".encode()).hexdigest()[:16]
     return f"{policy.name[: NAME_BYTES - 17].rstrip('.-')}.{digest}"
 
 
-def event(policy: Policy, finding: Finding, node: str) -> dict[str, object]:
+def event(policy: Policy, finding: Finding, more: str, node: str) -> dict[str, object]:
     """A v1 Event on the policy."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    message = (
-        f"{finding.field}: {finding.message} [{finding.id}]" if finding.field else f"{finding.message} [{finding.id}]"
-    )
+    field = f"{finding.field}: " if finding.field else ""
+    message = f"{field}{finding.message} [{finding.id}]{more}"
     return {
         "apiVersion": "v1",
         "kind": "Event",

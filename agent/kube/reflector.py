@@ -77,12 +77,16 @@ class Reflector:
 
     def run(self, stop: Flag) -> None:
         failures = 0
+        expired = False  # whether the last thing that went wrong was that our version is too old
         while not stop.is_set():
             begin, before = monotonic(), (self._version, self._latest)
             error = self._session(stop)
             resumed, now = before[0], (self._version, self._latest)
             moved = resumed and self._version and before != now  # a list alone is none: the watch behind it may fail
             failures = 0 if moved or monotonic() - begin > self._patience.longest else failures + 1
+            if isinstance(error, Gone) and not expired:
+                failures = 0  # after an outage: the server answers, and everything may have changed
+            expired = isinstance(error, Gone) or (expired and not moved)
             pause = self._pause(failures) if failures > 1 or error is not None else 0.0
             if error is not None:
                 self._sink.failed(self.kind.name, error, self._advice(error))
@@ -173,7 +177,7 @@ class Reflector:
                         self._take(event)
                 yield event
         except Refused as error:
-            if error.status in (401, 403, 404, 410, 429) or self._version:
+            if error.status in (401, 403, 404, 410, 429, 503) or self._version:
                 raise
             self._streams = False  # an older server, or etcd, or the feature is off; none says it in one way
             return

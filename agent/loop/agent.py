@@ -21,7 +21,7 @@ from agent.dataplane.dataplane import Dataplane
 from agent.dataplane.environment import problems
 from agent.dataplane.errors import KernelError
 from agent.dataplane.report import Report, plural
-from agent.kube.events import Announcer
+from agent.kube.events import Announcer, by_id
 from agent.kube.kinds import NAMESPACE, NETWORK_POLICY, POD
 from agent.loop.health import Health
 from agent.loop.inbox import Batch, Inbox
@@ -36,6 +36,8 @@ LOOK = 60.0
 """Seconds between two looks at what of this host passes by the rules."""
 REFUSALS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0)
 """Seconds between tries while the kernel refuses; then the process ends."""
+LISTS = 30.0
+"""Seconds that the first lists may take without the garbage collector."""
 QUIET = 0.2
 """Seconds between two looks at the kernel because somebody else writes to our chains, and goes on writing."""
 TOLD = 5
@@ -69,15 +71,16 @@ class Agent:
         self._health = health
         self._announcer = announcer
         self._resync = resync
-        self._stopping = False
-        self._adopted = False  # whether the kernel was brought to what we know, at least once
+        self.stopping = False
+        self.adopted = False  # whether the kernel was brought to what we know, at least once
         self._findings: dict[str, list[str]] = {}  # ids of what is wrong with a policy
         self._first_sight: dict[str, float] = {}  # when pods of this node, not yet isolated, got an address
+        self._causes: list[str] = []  # policies and pods that concern this node, since the last sync
         self._counted = 0.0
 
     def stop(self) -> None:
         """End after the sync that is under way; safe in a signal handler."""
-        self._stopping = True
+        self.stopping = True
         self._inbox.wake()
 
     def run(self) -> None:
@@ -87,10 +90,10 @@ class Agent:
         notices = self._dataplane.listen()
         if notices is not None:
             waiting.register(notices, POLLIN)
-        gc.disable()  # until everything is known: all of it stays
-        due = look = repaired = monotonic()
+        gc.disable()  # while the first lists come: all of that stays
+        begin = due = look = repaired = monotonic()
         disturbed = False
-        while not self._stopping:
+        while not self.stopping:
             rest = max(0.0, repaired + QUIET - monotonic()) if disturbed else TURN
             told = {file for file, _ in waiting.poll(rest * 1000)}
             self._health.turned()
@@ -98,9 +101,11 @@ class Agent:
             complete = self._watching.complete  # asked first: what makes it so is in the inbox then
             batch = self._inbox.take()
             self._apply(batch)
-            if not self._adopted:
+            if not self.adopted:
                 if complete and self._adopt():
                     due = monotonic() + self._resync
+                elif monotonic() - begin > LISTS:
+                    gc.enable()
                 self._count()
                 continue
             if batch:
@@ -133,33 +138,38 @@ class Agent:
                     node.delete_namespace(key)
             elif isinstance(value, Policy):
                 self._note_findings(value)
-                node.apply_policy(value)
+                if node.apply_policy(value):
+                    self._causes.append(f"{kind} {key}")
             else:
                 self._findings.pop(key, None)
                 self._announcer.forget(key)
-                node.delete_policy(key)
-        if batch and self._adopted:
+                if node.delete_policy(key):
+                    self._causes.append(f"{kind} {key}")
+        if batch and self.adopted:
             self._metrics.stage.labels("event").observe(begin - min(change.since for change in batch.values()))
             self._metrics.stage.labels("state").observe(perf_counter() - begin)
 
     def _apply_pod(self, key: str, value: object, since: float) -> None:
         node = self.node
+        before = node.cluster.pods.get(key)
+        if (before is not None and before.local) or (isinstance(value, Pod) and value.node == node.cluster.node):
+            self._causes.append(f"{POD.name} {key}")
         if not isinstance(value, Pod):
             self._first_sight.pop(key, None)
             node.delete_pod(key)
             return
-        if self._adopted and value.node == node.cluster.node and value.live and not value.host_network:
-            before = node.cluster.pods.get(key)
-            if before is None or before.uid != value.uid or before.addresses != value.addresses:
-                self._first_sight[key] = since
+        here = value.node == node.cluster.node and value.live and not value.host_network
+        same = before is not None and before.uid == value.uid and before.addresses == value.addresses
+        if self.adopted and here and not same:
+            self._first_sight[key] = since
         node.apply_pod(value)
 
     def _note_findings(self, policy: Policy) -> None:
         ids = [finding.id for finding in policy.findings]
         if ids:
             self._findings[policy.key] = ids
-            for finding in policy.findings:
-                log(logging.WARNING, str(finding), policy=policy.key, id=finding.id)
+            for first, more in by_id(policy.findings):
+                log(logging.WARNING, f"{first}{more}", policy=policy.key, id=first.id)
         elif self._findings.pop(policy.key, None):
             log(logging.INFO, f"NetworkPolicy {policy.key}: is enforced as written now", policy=policy.key)
         self._announcer.announce(policy)
@@ -168,8 +178,7 @@ class Agent:
 
     def _adopt(self) -> bool:
         """Bring the kernel from what an earlier run left to what is desired; False when that must wait."""
-        node = self.node
-        if not any(pod.local for pod in node.cluster.pods.values()) and self._would_open():
+        if self._would_open():
             return False
         begin = perf_counter()
         report = self._sync()
@@ -178,9 +187,11 @@ class Agent:
         gc.collect()
         gc.freeze()
         gc.enable()
-        self._adopted = True
+        self.adopted = True
         self._look()
-        report.add(self._dataplane.leave_other_backend())
+        other = self._dataplane.leave_other_backend()
+        self._metrics.wrote(other)
+        report.add(other)
         self._count(now=True)
         sizes = self._metrics.sizes
         log(
@@ -194,16 +205,23 @@ class Agent:
         return True
 
     def _would_open(self) -> bool:
-        """Whether there is no pod at all on a node that isolates some: its name may be mistyped."""
+        """Whether what is isolated here are no pods of this node, but of others or nobody's: its name may be wrong."""
         applied = self._insist(self._dataplane.read)
-        isolated = {address for table in applied.tables.values() for address in dispatched(table)} if applied else set()
-        if isolated:
-            self._health.enforcing = (
-                f"no pod of the cluster is on node {self.node.cluster.node}, and {plural(len(isolated), 'address')} "
-                "isolated here would be opened: is --node right? If it is, stop, and run clean first"
-            )
-            log(logging.ERROR, self._health.enforcing)
-        return applied is None or bool(isolated)
+        if applied is None:
+            return True
+        cluster = self.node.cluster
+        isolated = {address for table in applied.tables.values() for address in dispatched(table)}
+        holders = [holder for address in isolated for holder in cluster.holders(address)]
+        known = any(pod.local for pod in cluster.pods.values())
+        if not isolated or any(holder.local for holder in holders) or (known and not holders):
+            return False
+        self._health.enforcing = (
+            f"none of the {plural(len(isolated), 'address')} that are isolated here is a pod's of node {cluster.node}, "
+            f"and {'some are of other nodes' if holders else 'no pod at all is on it'}: is --node right? "
+            "If it is, stop, and run clean first"
+        )
+        log(logging.ERROR, self._health.enforcing)
+        return True
 
     def _enforce(self, batch: Batch) -> None:
         report = self._sync()
@@ -214,6 +232,7 @@ class Agent:
             for change in batch.values():
                 self._metrics.latency.observe(now - change.since)
             self._tell(batch, report, now)
+        self._causes = []
         if self._first_sight:
             self._note_isolated(now)
 
@@ -247,7 +266,7 @@ class Agent:
                     raise
                 log(logging.ERROR, f"{error} Enforcement stays as it was.", next_try_seconds=pause)
             self._pause(pause)
-            if self._stopping:
+            if self.stopping:
                 break
             self._apply(self._inbox.take())
         return None
@@ -266,7 +285,7 @@ class Agent:
         """Wait, and stay alive, unless we are told to stop."""
         until = monotonic() + seconds
         waiting = poll()
-        while not self._stopping and (left := until - monotonic()) > 0:
+        while not self.stopping and (left := until - monotonic()) > 0:
             self._health.turned()
             waiting.poll(min(left, 0.1) * 1000)
 
@@ -303,15 +322,16 @@ class Agent:
 
     def _tell(self, batch: Batch, report: Report, now: float) -> None:
         """One line for a change of rules; peers that come and go are for the metrics."""
-        policies = [key for (kind, key), change in batch.items() if kind == NETWORK_POLICY.name]
+        causes = self._causes
+        slowest = now - min(change.since for change in batch.values())
+        policies = [cause for cause in causes if cause.startswith(NETWORK_POLICY.name)]
         if policies:
-            self._npm.policy.observe(now - min(change.since for change in batch.values()), len(policies))
+            self._npm.policy.observe(slowest, len(policies))
         if report.transactions:
-            slowest = (now - min(change.since for change in batch.values())) * 1000
-            named = [f"{kind} {key}" for kind, key in batch]
-            cause = ", ".join(sorted(named)) if len(named) <= TOLD else plural(len(named), "changed object")
+            named = ", ".join(sorted(causes)[:TOLD]) or plural(len(batch), "changed object")
+            cause = f"{named} and {len(causes) - TOLD} more" if len(causes) > TOLD else named
             log(
                 logging.INFO,
-                f"{cause}: {report}; in force {slowest:.1f} ms after the first was seen",
-                milliseconds=round(slowest, 2),
+                f"{cause}: {report}; in force {slowest * 1000:.1f} ms after the first was seen",
+                milliseconds=round(slowest * 1000, 2),
             )

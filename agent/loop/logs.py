@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
-import sys
+import os
 import time
+from contextlib import suppress
+from queue import Full, Queue
+from threading import Thread
 from typing import Any
 
 import msgspec
 
 LOGGER = logging.getLogger("netpol-agent")
+STDERR = 2
+WAITING = 1000
+"""Lines that wait to be written, at most."""
+FLUSH_SECONDS = 0.5
 REPEAT_SECONDS = 60.0
 BURST, PER_SECOND = 200, 10
 """Lines about changes: so many at once, and so many a second for long."""
@@ -22,9 +29,15 @@ def log(level: int, message: str, **fields: object) -> None:
     LOGGER.log(level, "%s", message, extra={"fields": fields})
 
 
+def flush() -> None:
+    """Have what was told written, if somebody reads it."""
+    for handler in LOGGER.handlers:
+        handler.flush()
+
+
 def configure(form: str, level: str) -> None:
     """Write the log to standard error, as `text` or `json`."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Unhurried()
     handler.setFormatter(_Json() if form == "json" else _Text())
     handler.addFilter(Repeats())
     logging.captureWarnings(True)
@@ -33,6 +46,33 @@ def configure(form: str, level: str) -> None:
         logger.propagate = False
     LOGGER.setLevel(level.upper())
     logging.getLogger().setLevel(logging.ERROR)
+
+
+class Unhurried(logging.Handler):
+    """Writes in a thread of its own: who stops reading our log must not stop us. What does not fit is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: Queue[bytes] = Queue(WAITING)
+        Thread(target=self._write, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(Full):
+            self._lines.put_nowait(f"{self.format(record)}\n".encode(errors="replace"))
+
+    def flush(self) -> None:
+        """Wait a little for what was told to be written."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def _write(self) -> None:
+        while True:
+            line = self._lines.get()
+            with suppress(OSError):
+                while line:
+                    line = line[os.write(STDERR, line) :]
+            self._lines.task_done()
 
 
 class Repeats(logging.Filter):

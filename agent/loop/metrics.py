@@ -92,7 +92,7 @@ class Metrics(Collector):
         )
         self.latency = Histogram(
             "netpol_agent_event_to_kernel_seconds",
-            "Time from the arrival of a change that made the kernel change to the end of that sync.",
+            "Time from the arrival of each change to the end of its sync, where that made the kernel change.",
             buckets=LATENCIES,
             registry=registry,
         )
@@ -177,12 +177,16 @@ class Metrics(Collector):
         self.last_sync.set(time())
         for stage, number in report.refused.items():
             self.retries.labels(stage).inc(number)
+        self.wrote(report)
+        for stage, seconds in report.seconds.items():
+            self.stage.labels(stage).observe(seconds)
+
+    def wrote(self, report: Report) -> None:
+        """Count kernel writes."""
         for field, kind in WRITES.items():
             number = getattr(report, field)
             if number:
                 self.writes.labels(kind).inc(number)
-        for stage, seconds in report.seconds.items():
-            self.stage.labels(stage).observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
         """The sizes."""

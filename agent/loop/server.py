@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
-from threading import BoundedSemaphore, Thread
+from threading import Lock, Thread
+from time import monotonic
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
@@ -15,9 +17,9 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from agent.loop.health import Health
 
 REQUESTS = 16
-"""That are answered at the same time; who comes then is hung up on."""
+"""That are answered at the same time."""
 SECONDS = 5.0
-"""That a client may take to say what it wants, and to take the answer."""
+"""That a client may take in all, to say what it wants and to take the answer."""
 
 
 class Answer(NamedTuple):
@@ -82,7 +84,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address: Address, paths: Paths) -> None:
         self.address_family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         self.paths = paths
-        self._places = BoundedSemaphore(REQUESTS)
+        self._open: dict[socket.socket, float] = {}  # and since when, oldest first
+        self._lock = Lock()
         super().__init__((address.host, address.port), _Handler)
 
     def start(self) -> None:
@@ -94,9 +97,14 @@ class Server(ThreadingHTTPServer):
         self.server_name, self.server_port = "netpol-agent", self.server_address[1]
 
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
-        if not self._places.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+        """Who comes when all places are taken gets the oldest's: an answer takes milliseconds, that one dawdles."""
+        assert isinstance(request, socket.socket)
+        with self._lock:
+            if len(self._open) >= REQUESTS:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                _hang_up(oldest)
+            self._open[request] = monotonic()
         super().process_request(request, client_address)
 
     def process_request_thread(
@@ -105,10 +113,23 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            assert isinstance(request, socket.socket)
+            with self._lock:
+                self._open.pop(request, None)
+
+    def service_actions(self) -> None:
+        """Twice a second: hang up on those whose time is over."""
+        with self._lock:
+            for one in [one for one, since in self._open.items() if monotonic() - since > SECONDS]:
+                _hang_up(one)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hangs up is none of our troubles."""
+
+
+def _hang_up(request: socket.socket) -> None:
+    with suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -256,29 +256,32 @@ def test_a_kernel_that_keeps_refusing_ends_the_agent(
         tools(tmp_path, **{broken: "echo 'out of order' >&2; exit 1"}),
         pytest.raises(KernelError, match="out of order"),
     ):
-        live.run(lambda: (live.begin([]), live.until(lambda: live.agent._stopping))[0])  # type: ignore[func-returns-value]
+        live.run(lambda: (live.begin([]), live.until(lambda: live.agent.stopping))[0])  # type: ignore[func-returns-value]
     assert live.count("kernel_failures_total", stage="read") == 3
     assert kernel.ours() == before
 
 
-def test_a_node_that_nobody_knows_opens_nothing(kernel: Kernel) -> None:
-    """A name mistyped would take all isolation away; it waits, and says what to do."""
+@pytest.mark.parametrize("name", ["node-l", "node-2"])
+def test_the_name_of_another_node_opens_nothing(kernel: Kernel, name: str) -> None:
+    """Mistyped, or of a node that there is: it would take all isolation away. It waits, and says what to do."""
     applied(kernel.backend, cluster())
     before = kernel.everything()
-    live = Live(kernel.backend, node="node-l")
+    live = Live(kernel.backend, node=name)
 
     def play() -> None:
         live.begin(cluster())
         live.until(lambda: "is --node right?" in live.health.enforcing)
-        time.sleep(0.2)
-        assert kernel.everything() == before
         host = pod("host", 1, 99)
-        host["spec"] |= {"hostNetwork": True, "nodeName": "node-l"}
+        host["spec"] |= {"hostNetwork": True, "nodeName": name}
         live.put(host)
+        time.sleep(0.2)
+        assert "is --node right?" in live.health.enforcing
+        assert kernel.everything() == before
+        live.gone(*(one for one in cluster() if one["metadata"]["name"] in ("web", "db")))
         live.until(lambda: live.health.enforcing == "")
 
     live.run(play)
-    assert not any(rule for version in FAMILIES for rule in kernel.ours().get(f"IPv{version} dispatch", ()))
+    assert kernel.everything() != before
 
 
 def test_told_to_stop_it_ends_at_once_and_leaves_the_rules(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:

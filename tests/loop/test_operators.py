@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from agent.core.findings import Finding
-from agent.core.policy import read_policy
+from agent.core.policy import Policy, read_policy
 from agent.dataplane.report import Report
+from agent.kube import events as events_module
 from agent.kube.errors import Refused, Unreachable
-from agent.kube.events import Announcer, event, event_name
+from agent.kube.events import Announcer, by_id, event, event_name
 from agent.loop import health as health_module
+from agent.loop import logs as logs_module
+from agent.loop import server as server_module
 from agent.loop import watching as watching_module
 from agent.loop.health import Health
 from agent.loop.inbox import Inbox
-from agent.loop.logs import LOGGER, Repeats, configure, log
+from agent.loop.logs import LOGGER, Repeats, configure, flush, log
 from agent.loop.metrics import LATENCIES, WRITES, Metrics, Sizes
 from agent.loop.npm import ClusterMetrics, NodeMetrics
 from agent.loop.server import REQUESTS, Address, Server, health_paths, metrics_path
@@ -141,18 +147,39 @@ def logging_restored() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("logging_restored")
-def test_lines_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_as_text_and_as_json(capfd: pytest.CaptureFixture[str]) -> None:
     configure("text", "info")
     log(logging.WARNING, "one % sign", policy="x/y")
-    line = capsys.readouterr().err
+    flush()
+    line = capfd.readouterr().err
     assert line.endswith("Z WARNING one % sign\n")
     configure("json", "warning")
     log(logging.INFO, "not told")
     log(logging.ERROR, "two\nlines", policy="x/y", number=3)
-    (line,) = capsys.readouterr().err.splitlines()
+    flush()
+    (line,) = capfd.readouterr().err.splitlines()
     told = json.loads(line)
     assert told.pop("time").endswith("Z")
     assert told == {"level": "error", "message": "two\nlines", "policy": "x/y", "number": 3}
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_a_reader_who_stops_reading_does_not_stop_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what tells, nor the end."""
+    end, full = os.pipe()
+    os.set_blocking(full, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(full, b"x" * 4096):
+            pass
+    os.set_blocking(full, True)
+    monkeypatch.setattr(logs_module, "STDERR", full)
+    configure("text", "info")
+    for number in range(3000):
+        log(logging.WARNING, f"line {number}")
+    flush()
+    os.close(end)  # the thread that writes is told so, and goes on
+    LOGGER.handlers[0].flush()
+    os.close(full)
 
 
 def test_what_repeats_is_told_once_with_its_number() -> None:
@@ -204,19 +231,27 @@ def test_addresses_that_are_none(text: str) -> None:
         Address.parse(text)
 
 
-def test_clients_that_dawdle_do_not_keep_others_from_probes() -> None:
-    """They get their share of places, and not more; the others are answered meanwhile, or later."""
+def test_clients_that_dawdle_do_not_keep_others_from_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many they are: the oldest gives its place to who comes, and all end when their time is over."""
+    monkeypatch.setattr(server_module, "SECONDS", 1.0)
     health = Health(list)
     health.enforcing = ""
     server = Server(Address("127.0.0.1", 0), health_paths(health))
     server.start()
-    lazy = [socket.create_connection(("127.0.0.1", server.server_port)) for _ in range(REQUESTS - 1)]
+    lazy = [socket.create_connection(("127.0.0.1", server.server_port), timeout=10) for _ in range(REQUESTS * 3)]
+    for one in lazy:
+        with contextlib.suppress(OSError):
+            one.sendall(b"G")
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as eager:
         eager.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         assert eager.recv(100).startswith(b"HTTP/1.0 200")
-    extra = [socket.create_connection(("127.0.0.1", server.server_port), timeout=10) for _ in range(3)]
-    assert extra[-1].recv(100) == b"", "hung up on: there is no place left"
-    for one in (*lazy, *extra):
+    trickling = lazy[-1]
+    with contextlib.suppress(OSError):
+        for _ in range(100):
+            trickling.sendall(b"E")
+            time.sleep(0.1)
+        raise AssertionError("it may trickle for ever")
+    for one in lazy:
         one.close()
     server.shutdown()
     server.server_close()
@@ -276,23 +311,26 @@ class Posts:
             raise self._refusals.pop(0)
 
 
-def faulty(**more: str) -> object:
+def faulty(**more: str) -> Policy:
     meta = {"namespace": "x", "name": "p" * 250, "uid": "u-1", **more}
-    spec = {"podSelector": {}, "ingress": [{"ports": [{"port": "a b"}]}, {"ports": [{"port": 0}]}]}
+    wrong = [{"ports": [{"port": "a b"}]}] * 1500
+    spec = {"podSelector": {}, "ingress": [*wrong, {"ports": [{"port": 0}]}]}
     return read_policy({"metadata": meta, "spec": spec})
 
 
 def test_an_event_has_the_same_name_on_every_node() -> None:
+    """One for each id, however often a policy has that fault."""
     policy = faulty()
-    first, second = policy.findings  # type: ignore[attr-defined]
-    assert event_name(policy, first) == event_name(policy, first)  # type: ignore[arg-type]
-    assert event_name(policy, first) != event_name(policy, second)  # type: ignore[arg-type]
-    again = faulty(uid="u-2")
-    assert event_name(again, first) != event_name(policy, first)  # type: ignore[arg-type]
-    made = event(policy, first, "node-1")  # type: ignore[arg-type]
-    assert len(str(made["metadata"]["name"])) <= 253  # type: ignore[index]
-    assert made["involvedObject"]["uid"] == "u-1"  # type: ignore[index]
-    assert str(first.field) in str(made["message"])
+    (first, more), (second, no_more) = by_id(policy.findings)
+    assert (more, no_more) == (" (and 1499 more like it)", "")
+    assert event_name(policy, first) == event_name(policy, policy.findings[7])
+    assert event_name(policy, first) != event_name(policy, second)
+    assert event_name(faulty(uid="u-2"), first) != event_name(policy, first)
+    made: Any = event(policy, first, more, "node-1")
+    assert len(made["metadata"]["name"]) <= 253
+    assert made["involvedObject"]["uid"] == "u-1"
+    assert first.field in made["message"]
+    assert "1499 more" in made["message"]
 
 
 @pytest.mark.parametrize(
@@ -310,12 +348,31 @@ def test_an_event_is_posted_once(refusals: tuple[Refused, ...], result: str, pos
     results: list[str] = []
     announcer = Announcer(connection, "node-1", results.append)  # type: ignore[arg-type]
     policy = faulty()
-    announcer.announce(policy)  # type: ignore[arg-type]
-    announcer.announce(policy)  # type: ignore[arg-type]
-    assert announcer._waiting.qsize() == 2, "two findings, each once"
-    assert announcer._post(announcer._waiting.get()) == result
+    announcer.announce(policy)
+    announcer.announce(policy)
+    assert announcer._waiting.qsize() == 2, "two ids, each once"
+    assert announcer._post(announcer._waiting.get()[2]) == result
     assert len(connection.bodies) == posts
-    announcer.forget("x/" + "p" * 250)
-    announcer.announce(policy)  # type: ignore[arg-type]
-    assert announcer._waiting.qsize() == 3
-    assert Finding.__doc__
+
+
+def test_events_of_policies_that_are_gone_are_not_posted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what failed is tried again when the policy comes again."""
+    monkeypatch.setattr(events_module, "SPREAD", 0.0)
+    monkeypatch.setattr(events_module, "PER_SECOND", 1e6)
+    connection = Posts(Refused(403, "no"))
+    results: list[str] = []
+    announcer = Announcer(connection, "node-1", results.append)  # type: ignore[arg-type]
+    policy = faulty()
+    announcer.announce(policy)
+    announcer.forget(policy.key)
+    announcer.start()
+    deadline = time.monotonic() + 10
+    while announcer._waiting.qsize() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (connection.bodies, results) == ([], [])
+    for expected in (["failed", "created"], ["failed", "created", "created"], ["failed", "created", "created"]):
+        announcer.announce(policy)
+        while (len(results) < len(expected) or announcer._waiting.qsize()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert results == expected
+    announcer.stop()
