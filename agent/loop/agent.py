@@ -36,6 +36,8 @@ LOOK = 60.0
 """Seconds between two looks at what of this host passes by the rules."""
 REFUSALS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0)
 """Seconds between tries while the kernel refuses; then the process ends."""
+AGAIN = 1.0
+"""Seconds after the start, when we look again: a tool that a killed agent had begun may end only then."""
 LISTS = 30.0
 """Seconds that the first lists may take without the garbage collector."""
 QUIET = 0.2
@@ -103,7 +105,7 @@ class Agent:
             self._apply(batch)
             if not self.adopted:
                 if complete and self._adopt():
-                    due = monotonic() + self._resync
+                    due = monotonic() + AGAIN
                 elif monotonic() - begin > LISTS:
                     gc.enable()
                 self._count()

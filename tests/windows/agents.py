@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -53,13 +54,20 @@ class Writer:
         self._agent = Agent(self.backend, objects)
         self._agent.sync()
 
-    def check(self) -> None:
-        """The kernel holds what the objects ask for, as if written from scratch."""
+    def check(self, *, look: bool = False) -> None:
+        """The kernel holds what the objects ask for, as if written from scratch.
+
+        `look`: after reading the kernel again, as the live agent does a second after its start: a tool that a killed
+        agent had begun may end only then."""
         assert self._agent is not None
         with self.field.fabric.inside(node_key(NODE)):
+            if look:
+                time.sleep(0.1)
+                self._agent.resync()
             self._agent.sync()  # sets that a rule still used a moment ago
             held: dict[str, Any] = Kernel(self.backend).ours()
-        assert held == desired(self._agent.objects)
+        wanted = desired(self._agent.objects)
+        assert held == wanted, [(k, held.get(k), wanted.get(k)) for k in held | wanted if held.get(k) != wanted.get(k)]
 
 
 def under_flood(backend: str, body: Callable[[Field, Writer], None]) -> None:

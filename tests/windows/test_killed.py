@@ -120,7 +120,7 @@ def test_killed_in_the_middle_of_a_change(backend: str) -> None:
 
             writer.begin(before)
             field.under_flood("killed", asked, become)
-            writer.check()
+            writer.check(look=True)
         field.count()
         print(f"{killed} of {tried} killed before they were through")
         assert killed > tried / 3
