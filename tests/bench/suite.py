@@ -280,8 +280,8 @@ def _live_start(results: list[Result]) -> list[Row]:
 
 
 _READING = (
-    "each update is 5 kB over TLS that have to be read and decoded to see that nothing changed, some 200 µs; decoding is "
-    "20 of them, the rest the wake-up of a thread and the read through ssl, http.client and urllib3"
+    "each update is 5 kB over TLS that have to be read and decoded to see that nothing changed, some 200 µs; decoding "
+    "is 20 of them, the rest the wake-up of a thread and the read through ssl, http.client and urllib3"
 )
 
 
