@@ -190,6 +190,7 @@ class Agent:
         gc.freeze()
         gc.enable()
         self.adopted = True
+        self._causes = []  # of the first lists, which are told as a whole
         self._look()
         other = self._dataplane.leave_other_backend()
         self._metrics.wrote(other)
