@@ -28,6 +28,13 @@ UNDECODABLE = frozenset({"type-wrong", "null-item", "yaml-broken", "json-broken"
 """Findings that the API server could not even have decoded: in a file they are bad input, exit 2 (line 53)."""
 
 
+def where_wrong(error: Exception) -> tuple[str, str]:
+    """(field, message) of what msgspec says of a wrong type: `... - at `$.spec.ports[...].port``."""
+    message, _, place = str(error).partition(" - at ")
+    field = place.strip("`").removeprefix("$").removeprefix(".").replace("[...]", "")
+    return field, message[:1].lower() + message[1:]
+
+
 class BadInput(Exception):
     """Input that cannot be decoded at all (semantics.md line 53); carries what was found, one per object and field."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from agent.core.documents import Document, parse
-from agent.core.findings import UNDECODABLE, BadInput, Finding
+from agent.core.findings import UNDECODABLE, BadInput, Finding, where_wrong
 from agent.core.objects import (
     Namespace,
     Pod,
@@ -89,11 +89,8 @@ class Inventory:
             self._convert(kind, document, value, path)
             self._note_double(label, document, path)
         except msgspec.ValidationError as error:
-            message, _, place = str(error).partition(" - at ")
-            field = place.strip("`").removeprefix("$").removeprefix(".").replace("[...]", "")
-            self._wrong(
-                "type-wrong", label, field, message[:1].lower() + message[1:], document.where(_join(path, field))
-            )
+            field, message = where_wrong(error)
+            self._wrong("type-wrong", label, field, message, document.where(_join(path, field)))
         except ValueError as error:
             self._wrong("type-wrong", label, "", str(error), document.where(path))
 

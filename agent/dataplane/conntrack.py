@@ -16,8 +16,8 @@ from errno import ENOENT
 
 from agent.core.addresses import Address, family
 from agent.dataplane.errors import refused
+from agent.dataplane.netlink import NETLINK_NETFILTER, attributes
 
-NETLINK_NETFILTER = 12
 CTNETLINK = 1 << 8
 GET, DELETE = CTNETLINK | 1, CTNETLINK | 2
 REQUEST, ACK, DUMP = 1, 4, 0x300
@@ -28,7 +28,6 @@ CTA_TUPLE_IP = 1
 SOURCES = (1, 3)
 """CTA_IP_V4_SRC and CTA_IP_V6_SRC."""
 INET = {4: socket.AF_INET, 6: socket.AF_INET6}
-_MASK = 0x3FFF
 _END = struct.pack("=IH", 20, NLMSG_DONE)
 """How the last message of a dump begins; it has 20 bytes."""
 
@@ -70,19 +69,19 @@ def _entries(netlink: socket.socket, wanted: set[Address], unanswered: bool) -> 
                 code = -struct.unpack_from("=i", data, offset + 16)[0]
                 raise OSError(code, f"{os.strerror(code)} (reading the connection table)")
             if any(address in body for address in wanted) and _is_wanted(body, wanted, unanswered):
-                attributes = dict(_attributes(body))
-                names = (_attribute(k, attributes[k]) for k in (CTA_TUPLE_ORIG, CTA_ZONE) if k in attributes)
+                found = dict(attributes(body))
+                names = (_attribute(k, found[k]) for k in (CTA_TUPLE_ORIG, CTA_ZONE) if k in found)
                 yield data[offset + 16], b"".join(names)
             offset += (length + 3) & ~3
 
 
 def _is_wanted(entry: bytes, wanted: set[Address], unanswered: bool) -> bool:
-    attributes = dict(_attributes(entry))
-    if unanswered and int.from_bytes(attributes.get(CTA_STATUS, b""), "big") & IPS_SEEN_REPLY:
+    found = dict(attributes(entry))
+    if unanswered and int.from_bytes(found.get(CTA_STATUS, b""), "big") & IPS_SEEN_REPLY:
         return False
     tuples = (CTA_TUPLE_REPLY,) if unanswered else (CTA_TUPLE_ORIG, CTA_TUPLE_REPLY)
-    ends = [dict(_attributes(attributes[key])).get(CTA_TUPLE_IP, b"") for key in tuples if key in attributes]
-    return any(value in wanted for end in ends for kind, value in _attributes(end) if kind in SOURCES)
+    ends = [dict(attributes(found[key])).get(CTA_TUPLE_IP, b"") for key in tuples if key in found]
+    return any(value in wanted for end in ends for kind, value in attributes(end) if kind in SOURCES)
 
 
 def _delete(netlink: socket.socket, inet: int, entry: bytes) -> int:
@@ -96,14 +95,6 @@ def _delete(netlink: socket.socket, inet: int, entry: bytes) -> int:
 
 def _message(kind: int, flags: int, inet: int, body: bytes) -> bytes:
     return struct.pack("=IHHIIBBH", 20 + len(body), kind, flags, 1, 0, inet, 0, 0) + body
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, offset)
-        yield kind & _MASK, data[offset + 4 : offset + length]
-        offset += (length + 3) & ~3
 
 
 def _attribute(kind: int, value: bytes) -> bytes:

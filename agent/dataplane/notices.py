@@ -11,7 +11,7 @@ import socket
 import struct
 from collections.abc import Iterator
 
-from agent.dataplane.conntrack import NETLINK_NETFILTER
+from agent.dataplane.netlink import NETLINK_NETFILTER, attributes
 from agent.dataplane.render import is_ours
 
 GROUP = 1 << (7 - 1)
@@ -58,12 +58,12 @@ class Notices:
                 while self._drop():
                     pass
                 return None
-            for kind, inet, attributes in _messages(data):
+            for kind, inet, body in _messages(data):
                 if kind == NEW_GENERATION:
                     number += self._concerned
                     self._concerned = False
                 elif not self._concerned:
-                    self._concerned = inet in _INET and _concerns_us(kind, attributes)
+                    self._concerned = inet in _INET and _concerns_us(kind, body)
 
     def _drop(self) -> bool:
         try:
@@ -87,22 +87,15 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         position += (length + 3) & ~3
 
 
-def _concerns_us(kind: int, attributes: bytes) -> bool:
+def _concerns_us(kind: int, body: bytes) -> bool:
     if kind in (NEW_TABLE, DELETE_TABLE):
-        return kind == DELETE_TABLE and _text(attributes, TABLE) == "filter"
-    if kind not in _CHAIN or _text(attributes, TABLE) != "filter":
+        return kind == DELETE_TABLE and _text(body, TABLE) == "filter"
+    if kind not in _CHAIN or _text(body, TABLE) != "filter":
         return False
-    chain = _text(attributes, _CHAIN[kind])
+    chain = _text(body, _CHAIN[kind])
     return chain == "FORWARD" or is_ours(chain)
 
 
-def _text(attributes: bytes, wanted: int) -> str:
-    position = 0
-    while position + 4 <= len(attributes):
-        length, kind = struct.unpack_from("=HH", attributes, position)
-        if length < 4:
-            return ""
-        if kind & 0x3FFF == wanted:
-            return attributes[position + 4 : position + length].rstrip(b"\0").decode(errors="replace")
-        position += (length + 3) & ~3
-    return ""
+def _text(body: bytes, wanted: int) -> str:
+    value = next((value for kind, value in attributes(body) if kind == wanted), b"")
+    return value.rstrip(b"\0").decode(errors="replace")

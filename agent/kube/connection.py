@@ -47,8 +47,6 @@ class Timeouts(NamedTuple):
 
 class _Status(msgspec.Struct):
     message: str | None = None
-    reason: str | None = None
-    code: int | None = None
 
 
 class Source(Protocol):

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from agent.core.findings import Finding
+from agent.core.findings import Finding, where_wrong
 from agent.kube.connection import Connection
 from agent.kube.errors import ApiError, Broken, Defect, Gone, Refused, Unreachable
 from agent.kube.kinds import Kind, Object, mark
@@ -255,10 +255,9 @@ class Reflector:
         try:
             value = self.kind.read(data)
         except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
-            message, _, field = str(error).partition(" - at ")
-            field = field.strip("`").removeprefix("$.")
-            finding = Finding("type-wrong", f"{self.kind.name} {head.key}", field, message[:1].lower() + message[1:])
-            self._sink.unreadable(self.kind.name, finding)
+            self._sink.unreadable(
+                self.kind.name, Finding("type-wrong", f"{self.kind.name} {head.key}", *where_wrong(error))
+            )
             self._forget(head.key)
             return
         told = mark(value)

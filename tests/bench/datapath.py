@@ -14,8 +14,8 @@ import resource
 import socket
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
@@ -29,6 +29,7 @@ from agent.core.policy import Policy
 from agent.dataplane.dataplane import Dataplane
 from agent.dataplane.iptables import Backend
 from agent.lab.namespaces import CLONE_NEWNET, setns
+from tests.bench.netns import inside, ip
 from tests.bench.world import LOCAL, policy_bytes, read
 
 POLICIES = (0, 10, 1000)
@@ -95,40 +96,22 @@ def _labelled(**labels: str) -> dict[str, Any]:
 # --- namespaces ------------------------------------------------------------------------------------------------------
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
-
-
-@contextmanager
-def _inside(name: str) -> Iterator[None]:
-    """This thread in another network namespace for a while."""
-    home = os.open("/proc/self/ns/net", os.O_RDONLY)
-    there = os.open(f"/run/netns/{name}", os.O_RDONLY)
-    try:
-        setns(there, CLONE_NEWNET)
-        yield
-    finally:
-        setns(home, CLONE_NEWNET)
-        os.close(home)
-        os.close(there)
-
-
 def _build(name: str, backend: str, services: int) -> None:
     """A node with its client and its server, and kube-proxy's rules."""
     for part in ("n", "c", "s"):
-        _ip("netns", "add", f"{name}-{part}")
-        _ip("-n", f"{name}-{part}", "link", "set", "lo", "up")
+        ip("netns", "add", f"{name}-{part}")
+        ip("-n", f"{name}-{part}", "link", "set", "lo", "up")
     for part, host in (("c", CLIENT), ("s", SERVER)):
         node, pod, address = f"{name}-n", f"{name}-{part}", f"10.200.0.{host}"
-        _ip("-n", node, "link", "add", part, "type", "veth", "peer", "name", "eth0", "netns", pod)
-        _ip("-n", node, "link", "set", part, "address", MAC["node"], "up")
-        _ip("-n", pod, "link", "set", "eth0", "address", MAC["pod"], "up")
-        _ip("-n", node, "address", "add", f"{GATE}/32", "dev", part)
-        _ip("-n", pod, "address", "add", f"{address}/32", "dev", "eth0")
-        _ip("-n", node, "route", "add", f"{address}/32", "dev", part)
-        _ip("-n", pod, "route", "add", GATE, "dev", "eth0")
-        _ip("-n", pod, "route", "add", "default", "via", GATE)
-    with _inside(f"{name}-n"):
+        ip("-n", node, "link", "add", part, "type", "veth", "peer", "name", "eth0", "netns", pod)
+        ip("-n", node, "link", "set", part, "address", MAC["node"], "up")
+        ip("-n", pod, "link", "set", "eth0", "address", MAC["pod"], "up")
+        ip("-n", node, "address", "add", f"{GATE}/32", "dev", part)
+        ip("-n", pod, "address", "add", f"{address}/32", "dev", "eth0")
+        ip("-n", node, "route", "add", f"{address}/32", "dev", part)
+        ip("-n", pod, "route", "add", GATE, "dev", "eth0")
+        ip("-n", pod, "route", "add", "default", "via", GATE)
+    with inside(f"{name}-n"):
         Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
         command = [Backend(backend).tool(4, "restore"), "--noflush"]
         subprocess.run(command, input=kube_proxy(services), text=True, check=True)
@@ -167,7 +150,7 @@ def kube_proxy(services: int) -> str:
 
 def _forget_all(name: str) -> None:
     """Empty the node's connection table, so that every packet is the first of its flow again."""
-    with _inside(name), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
+    with inside(name), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
         netlink.send(struct.pack("=IHHIIBBH", 20, CTNETLINK_DELETE, 5, 1, 0, socket.AF_INET, 0, 0))
         code = struct.unpack_from("=i", netlink.recv(4096), 16)[0]
         if code:
@@ -323,7 +306,7 @@ def datapath(backend: str, rounds: int, services: int, egress: bool) -> Result:
         hands[number] = Hand(f"{name}-c", client_orders), Hand(f"{name}-s", server_orders)
     for number in POLICIES:
         node = load(Node(LOCAL), [named_namespace("bench", {"stage": "production"})], *objects(number, egress))
-        with _inside(f"{number}-n"):
+        with inside(f"{number}-n"):
             Dataplane(Backend(backend)).sync(node)
     for _, server in hands.values():
         server.ask("serving")

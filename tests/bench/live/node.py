@@ -15,8 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,9 +23,9 @@ from threading import Thread
 from time import monotonic, perf_counter, sleep
 from typing import Any
 
-from agent.lab.namespaces import CLONE_NEWNET, setns
 from tests.bench.live.api import Api
 from tests.bench.live.load import NODE
+from tests.bench.netns import inside, ip
 
 NAME = "node"
 GATE, GATE6 = "169.254.1.1", "fe80::1"
@@ -36,24 +35,6 @@ ASK = 0.02
 """Seconds between two questions whether the agent is ready: more of them cost it time."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 _COUNTER = re.compile(r"^(netpol_agent_\w+)(?:\{([^}]*)\})? (\S+)$", re.MULTILINE)
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
-
-
-@contextmanager
-def inside(name: str) -> Iterator[None]:
-    """This thread in another network namespace for a while."""
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    there = os.open(f"/run/netns/{name}", os.O_RDONLY)
-    try:
-        setns(there, CLONE_NEWNET)
-        yield
-    finally:
-        setns(home, CLONE_NEWNET)
-        os.close(home)
-        os.close(there)
 
 
 class Node:

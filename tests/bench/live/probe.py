@@ -10,7 +10,7 @@ from contextlib import suppress
 from multiprocessing import get_context
 from time import perf_counter, sleep
 
-from tests.bench.live.node import inside
+from tests.bench.netns import inside
 
 EVERY = 0.0005
 RING = 1 << 15
