@@ -8,7 +8,7 @@ SCENARIO ?= all
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help packages venv prometheus demo test unit lint bench clean
+.PHONY: help packages venv prometheus helm manifests demo test unit lint bench clean
 
 help:
 	@echo 'make demo [SCENARIO=a|b|c]   play the scenarios: real packets through real rules, beside what the policies say'
@@ -16,6 +16,7 @@ help:
 	@echo 'make unit                    the tests that need neither root nor a kernel feature'
 	@echo 'make lint                    ruff, mypy --strict, layers'
 	@echo 'make bench                   measure, and write docs/benchmarks.md'
+	@echo 'make manifests               write deploy/*.yaml from the Helm chart'
 	@echo 'make venv                    leaves $(BIN)/netpol-agent'
 	@echo 'make clean                   remove what these have made'
 
@@ -31,13 +32,19 @@ venv: $(VENV)/.ready
 prometheus: venv
 	@VENV='$(VENV)' deploy/prometheus
 
+helm: venv
+	@VENV='$(VENV)' deploy/helm
+
+manifests: helm
+	@VENV='$(VENV)' deploy/manifests
+
 demo: packages venv
 	@SCENARIO='$(SCENARIO)' NETPOL_AGENT='$(BIN)/netpol-agent' deploy/demo
 
-test: packages venv prometheus
+test: packages venv prometheus helm
 	@$(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTS)
 
-unit: venv prometheus
+unit: venv prometheus helm
 	@$(BIN)/pytest -n $(JOBS) -m 'not root' $(TESTS)
 
 lint: venv

@@ -1,0 +1,130 @@
+{{- define "netpol-agent.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{- /* 50 characters at most: there are names that go on. */ -}}
+{{- define "netpol-agent.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" }}
+{{- else if contains (include "netpol-agent.name" .) .Release.Name }}
+{{- .Release.Name | trunc 50 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name (include "netpol-agent.name" .) | trunc 50 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{- define "netpol-agent.selector" -}}
+app.kubernetes.io/name: {{ include "netpol-agent.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: agent
+{{- end }}
+
+{{- /* Of everything: (dict "root" $ "component" "agent"). */ -}}
+{{- define "netpol-agent.labels" -}}
+app.kubernetes.io/name: {{ include "netpol-agent.name" .root }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- /* Of the objects, not of pods: they would start anew with each version of the chart. */ -}}
+{{- define "netpol-agent.objectLabels" -}}
+{{ include "netpol-agent.labels" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{- define "netpol-agent.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create }}
+{{- default (include "netpol-agent.fullname" .) .Values.serviceAccount.name }}
+{{- else }}
+{{- required "serviceAccount.name: say which, or let serviceAccount.create be true" .Values.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{- define "netpol-agent.image" -}}
+{{- with .Values.image }}
+{{- .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}
+{{- end }}
+{{- end }}
+
+{{- /* Where pods on the host's network find the API server. */ -}}
+{{- define "netpol-agent.apiServer" -}}
+{{- with .Values.apiServer }}
+{{- if ne (empty .host) (empty .port) }}
+{{- fail "apiServer: host and port, both or none" }}
+{{- end }}
+{{- if .host }}
+- name: KUBERNETES_SERVICE_HOST
+  value: {{ .host | quote }}
+- name: KUBERNETES_SERVICE_PORT
+  value: {{ .port | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* Of pods on the host's network. Their resolver is the node's: cluster DNS may be down, or be what a policy is about,
+       and the only name that could be asked for is apiServer.host. */ -}}
+{{- define "netpol-agent.onHostNetwork" -}}
+hostNetwork: true
+dnsPolicy: Default
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end }}
+
+{{- /* On every node that values say, whatever is on it already. */ -}}
+{{- define "netpol-agent.onEveryNode" -}}
+{{ include "netpol-agent.onHostNetwork" . }}
+{{- with .Values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- /* Root, since iptables and ipset want its user; but of root's rights only these two. */ -}}
+{{- define "netpol-agent.writerSecurity" -}}
+runAsUser: 0
+runAsGroup: 0
+privileged: false
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+  add: [NET_ADMIN, NET_RAW]
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "netpol-agent.nobodySecurity" -}}
+runAsNonRoot: true
+runAsUser: 65534
+runAsGroup: 65534
+privileged: false
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- /* iptables-legacy's lock, which kube-proxy and the host's own tools share. No other path of the host is needed. */ -}}
+{{- define "netpol-agent.xtablesMount" -}}
+- name: xtables-lock
+  mountPath: /run/xtables.lock
+{{- end }}
+{{- define "netpol-agent.xtablesVolume" -}}
+- name: xtables-lock
+  hostPath:
+    path: /run/xtables.lock
+    type: FileOrCreate
+{{- end }}
