@@ -15,8 +15,16 @@ from agent.dataplane.lock import only_writer
 
 @click.command()
 @backend_option
+@click.option(
+    "--patience",
+    type=click.FloatRange(0, 3600),
+    default=PATIENCE,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for a netpol-agent that is at work here to end.",
+)
 @output_option
-def clean(backend: str, output: str) -> None:
+def clean(backend: str, patience: float, output: str) -> None:
     """Take away every chain, rule and set of netpol-agent in this network namespace, and nothing else.
 
     Works from any half-made state, on both iptables backends. Traffic is no longer judged afterwards.
@@ -24,12 +32,12 @@ def clean(backend: str, output: str) -> None:
     \b
     Examples:
       netpol-agent clean
-      netpol-agent clean -o json
+      netpol-agent clean --patience 300 -o json
 
-    Exit codes: 0 nothing of ours is left; 3 the kernel refused.
+    Exit codes: 0 nothing of ours is left; 3 the kernel refused, or an agent is still at work.
     """
     dataplane = Dataplane(chosen_backend(backend))
-    with only_writer(PATIENCE, waiting_for), closing(dataplane):
+    with only_writer(patience, waiting_for), closing(dataplane):
         begin = perf_counter()
         report = dataplane.clean()
         milliseconds = round((perf_counter() - begin) * 1000, 1)

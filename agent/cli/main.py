@@ -14,6 +14,7 @@ from agent.cli.lab import lab
 from agent.cli.render import render
 from agent.cli.run import run
 from agent.cli.status import status
+from agent.cli.wait_clean import wait_clean
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -33,7 +34,7 @@ def cli() -> None:
     """
 
 
-for command in (run, apply, render, status, clean, lab):
+for command in (run, apply, render, status, clean, wait_clean, lab):
     cli.add_command(command)
 
 

@@ -27,6 +27,14 @@ def input_options(function: F) -> F:
     )(function)
 
 
+def cluster_options(function: F) -> F:
+    """`--kubeconfig` and `--context`."""
+    function = click.option("--context", metavar="NAME", help="Context of the kubeconfig.")(function)
+    return click.option(
+        "--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG, the pod's service account, ~/.kube/config."
+    )(function)
+
+
 def backend_option(function: F) -> F:
     """`--backend auto|nft|legacy`."""
     return click.option(

@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 
 import click
 
-from agent.cli.options import backend_option, chosen_backend, multicast_option
+from agent.cli.options import backend_option, chosen_backend, cluster_options, multicast_option
 from agent.dataplane.dataplane import Dataplane
 from agent.dataplane.lock import only_writer
 from agent.dataplane.render import Options
@@ -27,8 +27,8 @@ from agent.loop.watching import Watching
 
 LINGER = 1.0
 """Seconds that a set outlives its last rule, for other programs that list rules."""
-PATIENCE = 60.0
-"""Seconds that we wait for another writer to end: in a rolling update, the one before us."""
+PATIENCE = 300.0
+"""Seconds that we wait for another writer to end: in a rolling update, the one before us, which ends when we run."""
 SWITCH = 0.001
 """Seconds after which a thread that decodes lets the writer have its turn."""
 
@@ -59,8 +59,7 @@ _LISTEN = _Listen()
     show_envvar=True,
     help="The node whose pods are judged here, as in spec.nodeName.",
 )
-@click.option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG, the pod's service account, ~/.kube/config.")
-@click.option("--context", metavar="NAME", help="Context of the kubeconfig.")
+@cluster_options
 @backend_option
 @multicast_option
 @click.option(
@@ -152,6 +151,7 @@ def run(
     with ExitStack() as ends:
         ends.callback(logs.flush)
         ends.enter_context(closing(dataplane))
+        watching.start()  # who waits for the one before knows the cluster by the time that it may write
         if not ends.enter_context(only_writer(PATIENCE, _wait_for, lambda: agent.stopping)):
             return
         _serve(
@@ -160,7 +160,6 @@ def run(
             (npm_metrics_address, metrics_path("/node-metrics", npm.registry)),
             (npm_metrics_address, metrics_path("/cluster-metrics", ClusterMetrics(metrics).registry)),
         )
-        watching.start()
         announcer.start()
         agent.run()
         watching.stop()
