@@ -5,11 +5,11 @@
 {{- /* 50 characters at most: there are names that go on. */ -}}
 {{- define "netpol-agent.fullname" -}}
 {{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" }}
+{{- .Values.fullnameOverride }}
 {{- else if contains (include "netpol-agent.name" .) .Release.Name }}
-{{- .Release.Name | trunc 50 | trimSuffix "-" }}
+{{- .Release.Name | replace "." "-" | trunc 50 | trimSuffix "-" }}
 {{- else }}
-{{- printf "%s-%s" .Release.Name (include "netpol-agent.name" .) | trunc 50 | trimSuffix "-" }}
+{{- printf "%s-%s" .Release.Name (include "netpol-agent.name" .) | replace "." "-" | trunc 50 | trimSuffix "-" }}
 {{- end }}
 {{- end }}
 
@@ -127,4 +127,65 @@ seccompProfile:
   hostPath:
     path: /run/xtables.lock
     type: FileOrCreate
+{{- end }}
+
+{{- /* What a pod of `helm test` runs: (dict "root" $ "role" "serve"). The server tells its addresses; the environment of
+       clients has the Service's. */ -}}
+{{- define "netpol-agent.testPod" -}}
+{{- with .root -}}
+automountServiceAccountToken: false
+terminationGracePeriodSeconds: 1
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+nodeSelector:
+  kubernetes.io/os: linux
+{{- with .Values.jobTolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+containers:
+  - name: {{ $.role }}
+    image: {{ include "netpol-agent.image" . }}
+    imagePullPolicy: {{ .Values.image.pullPolicy }}
+    command: [/usr/bin/python3, -IB, /test/reach.py, {{ $.role }}]
+    env:
+      {{- if eq $.role "serve" }}
+      - name: ADDRESSES
+        valueFrom:
+          fieldRef:
+            fieldPath: status.podIPs
+      {{- else }}
+      - name: SERVICE
+        value: $({{ include "netpol-agent.fullname" . | upper | replace "-" "_" }}_TEST_SERVICE_HOST)
+      {{- end }}
+    {{- if eq $.role "serve" }}
+    readinessProbe:
+      tcpSocket: {port: 8081}
+      periodSeconds: 1
+    {{- end }}
+    resources:
+      requests: {cpu: 5m, memory: 16Mi}
+      limits: {memory: 64Mi}
+    securityContext: {{- include "netpol-agent.nobodySecurity" . | nindent 6 }}
+    volumeMounts:
+      - name: test
+        mountPath: /test
+        readOnly: true
+volumes:
+  - name: test
+    configMap:
+      name: {{ include "netpol-agent.fullname" . }}-test
+{{- end }}
+{{- end }}
+
+{{- /* What the alerts and the dashboard know targets by: one for each node, whichever of two pods is there in an update. */ -}}
+{{- define "netpol-agent.relabelings" -}}
+- targetLabel: job
+  replacement: netpol-agent
+- sourceLabels: [__meta_kubernetes_pod_node_name]
+  targetLabel: node
+- sourceLabels: [__meta_kubernetes_pod_node_name]
+  targetLabel: instance
+- action: labeldrop
+  regex: pod|container
 {{- end }}
