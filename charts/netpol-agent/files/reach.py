@@ -4,8 +4,8 @@
     reach.py allowed    a client that the policy lets in: 8080 must answer
     reach.py denied     one that it does not: 8080 must stay silent, while 8081, which is open to all, answers
 
-A client asks the Service, whose address its environment has ($SERVICE; no DNS is needed), for the server's addresses, then
-tries each of them: IPv4 and IPv6, where pods have both.
+A client asks the Service, whose address its environment has ($SERVICE; no DNS is needed), for the server's addresses,
+then tries each of them: IPv4 and IPv6, where pods have both.
 """
 
 import os
@@ -80,7 +80,8 @@ def told(host: str, port: int) -> str:
 
 def main(role: str) -> None:
     if role == "serve":
-        return serve()
+        serve()
+        return
     addresses = until_it_answers(os.environ["SERVICE"], OPEN, PATIENCE).split(",")
     for host in addresses:
         until_it_answers(host, OPEN, PATIENCE)
