@@ -1,8 +1,9 @@
 """The cluster and its nodes, as all tests here reach them.
 
-Needs KUBECONFIG of a cluster with the nodes node1 and node2 and with cluster DNS, no other policy engine, and
-NODE_EXEC: the command that runs another one in a node's network namespace, `{node}` standing for the node's name.
-For kind that is `docker exec -i {node}`; the development cluster's namespaces are found by themselves.
+Needs KUBECONFIG of a cluster with cluster DNS, no other policy engine and two nodes that take pods; NODES, their names,
+where these are not node1,node2; and NODE_EXEC: the command that runs another one in a node's network namespace,
+`{node}` standing for the node's name. For kind that is `docker exec -i {node}`; the development cluster's namespaces
+are found by themselves.
 The nodes must hold an agnhost image; AGNHOST names it where it is not found by itself.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-NODES = ("node1", "node2")
+NODES = tuple(os.environ.get("NODES", "node1,node2").split(","))
 DNS = "kube-dns.kube-system.svc.cluster.local."  # ends in a dot: not tried with every search domain
 
 

@@ -85,6 +85,11 @@ class Stage:
         self._tell(pods)
         self._wait()
 
+    def come_back(self) -> None:
+        """Pods that somebody else has taken away come again, as they were."""
+        kubectl("apply", "-f", "-", text=_listed(one for one in self._current.values() if one["kind"] == "Pod"))
+        self._wait()
+
     def _wait(self) -> None:
         """Until all pods are ready; what their addresses are."""
         for name in self.spaces:

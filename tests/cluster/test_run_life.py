@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.home import FRIEND, GUEST, LIFE, SERVER, STEP, STRANGER, Home
 from tests.cluster.kube import NODES, kubectl, left_on, needs_cluster, on_node
 from tests.cluster.live import Agents, Running, until
-from tests.cluster.load import Load
 from tests.cluster.places import Places
-from tests.cluster.prober import Question, probe
-from tests.cluster.stage import Serving, Stage, staged
-from tests.upstream import Case, Object, Probe, Reachability, Step, policy
+from tests.cluster.stage import Serving, staged
+from tests.upstream import Object, policy
 
 pytestmark = needs_cluster
 
@@ -28,42 +27,6 @@ SOON = 2.0
 """Seconds in which a verdict moves: one, and what a busy machine adds."""
 TIMER = 6.0
 """Seconds in which the timer of --resync 2 must have come, read and repaired."""
-PODS = {"home/server": {"app": "server"}, "home/friend": {"friend": "yes"}, "home/stranger": {}, "away/guest": {}}
-FRIENDS = {"matchLabels": {"friend": "yes"}}
-POLICIES = (
-    policy(
-        "home/friends-only",
-        {
-            "podSelector": {"matchLabels": {"app": "server"}},
-            "ingress": [{"from": [{"podSelector": FRIENDS}, {"namespaceSelector": FRIENDS}]}],
-        },
-    ),
-    policy("away/nobody-comes", {"podSelector": {}, "policyTypes": ["Ingress"]}),
-)
-EXPECTED = (
-    Reachability(tuple(PODS))
-    .expect_all_ingress("home/server", False)
-    .expect("home/friend", "home/server", True)
-    .expect_all_ingress("away/guest", False)
-)
-STEP = Step(POLICIES, (Probe("TCP", 80, EXPECTED),), {"home": {}, "away": {}}, PODS, (80,))
-LIFE = Case(1, "friends only", "TCP", (STEP,))
-SERVER, FRIEND, STRANGER, GUEST = PODS
-
-
-class Home(Stage):
-    """The server takes its friends' connections; a stranger and the guest of another namespace are none."""
-
-    def reaches(self, source: str, target: str = SERVER, *, patience: float = 0.3) -> set[bool]:
-        """Whether connections are made now, of both families."""
-        asks = [Question(self.addresses[source][0], to, "TCP", 80, True) for to in self.addresses[target]]
-        return set(probe(self._places, asks, least=0.05, most=patience))
-
-    def load(self, source: str) -> Load:
-        return Load(self._places, self.addresses[source][0], self.addresses[SERVER])
-
-    def is_as_written(self) -> None:
-        self.play(LIFE)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +118,7 @@ def test_drift_is_repaired(home: Home, fresh: Callable[..., Agents]) -> None:
     """Rules at once where nftables tells of it, and members of sets by the timer."""
     agents = fresh("--resync", "2")
     home.is_as_written()
-    one = agents["node1"]
+    one = agents[NODES[0]]
     told = "nf_tables" in on_node(one.node, "iptables", "-V").stdout
     jump = next(line for line in left_on(one.node) if line.startswith("-A FORWARD "))
     unjump = ("sh", "-c", f"iptables -D {jump.removeprefix('-A ')}")
