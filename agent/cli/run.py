@@ -7,12 +7,14 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from errno import EADDRINUSE
+from time import monotonic, sleep
 
 import click
 
 from agent.cli.options import backend_option, chosen_backend, cluster_options, multicast_option
 from agent.dataplane.dataplane import Dataplane
-from agent.dataplane.lock import only_writer
+from agent.dataplane.lock import PAUSE, Turn
 from agent.dataplane.render import Options
 from agent.kube.connection import Connection, configuration_source
 from agent.kube.events import Announcer
@@ -29,6 +31,8 @@ LINGER = 1.0
 """Seconds that a set outlives its last rule, for other programs that list rules."""
 PATIENCE = 300.0
 """Seconds that we wait for another writer to end: in a rolling update, the one before us, which ends when we run."""
+CLOSING = 1.0
+"""Seconds that the sockets of a process that has ended may take to close."""
 SWITCH = 0.001
 """Seconds after which a thread that decodes lets the writer have its turn."""
 
@@ -135,6 +139,21 @@ def run(
     metrics.unenforceable.set_function(lambda: float(len(health.unenforceable)))
     announcer = Announcer(connection, node_name, lambda result: metrics.posted.labels(result).inc())
     dataplane = Dataplane(chosen_backend(backend), options=Options(multicast=allow_multicast), linger=LINGER)
+    turn = Turn(PATIENCE, _wait_for)
+
+    def begin() -> bool:
+        """Whether it is our turn to write; then we answer, too: until then, the agent before us does."""
+        if not turn.has_come():
+            return False
+        _serve(
+            (health_address, health_paths(health)),
+            (metrics_address, metrics_path("/metrics", metrics.registry)),
+            (npm_metrics_address, metrics_path("/node-metrics", npm.registry)),
+            (npm_metrics_address, metrics_path("/cluster-metrics", ClusterMetrics(metrics).registry)),
+        )
+        announcer.start()
+        return True
+
     agent = Agent(
         node_name,
         dataplane,
@@ -145,22 +164,14 @@ def run(
         health=health,
         announcer=announcer,
         resync=resync,
+        begin=begin,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     with ExitStack() as ends:
         ends.callback(logs.flush)
         ends.enter_context(closing(dataplane))
-        watching.start()  # who waits for the one before knows the cluster by the time that it may write
-        if not ends.enter_context(only_writer(PATIENCE, _wait_for, lambda: agent.stopping)):
-            return
-        _serve(
-            (health_address, health_paths(health)),
-            (metrics_address, metrics_path("/metrics", metrics.registry)),
-            (npm_metrics_address, metrics_path("/node-metrics", npm.registry)),
-            (npm_metrics_address, metrics_path("/cluster-metrics", ClusterMetrics(metrics).registry)),
-        )
-        announcer.start()
+        watching.start()
         agent.run()
         watching.stop()
         announcer.stop()
@@ -179,7 +190,16 @@ def _serve(*wanted: tuple[Address | None, Paths]) -> None:
         if address is not None:
             servers.setdefault(address, {}).update(paths)
     for address, paths in servers.items():
+        _listen(address, paths).start()
+
+
+def _listen(address: Address, paths: Paths) -> Server:
+    """When our turn has come, the process before us may still be closing what it had open."""
+    deadline = monotonic() + CLOSING
+    while True:
         try:
-            Server(address, paths).start()
+            return Server(address, paths)
         except OSError as error:
-            raise OSError(f"cannot listen on {address}: {error.strerror}") from error
+            if error.errno != EADDRINUSE or monotonic() > deadline:
+                raise OSError(f"cannot listen on {address}: {error.strerror}") from error
+        sleep(PAUSE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -13,35 +13,49 @@ from agent.dataplane.errors import KernelError
 
 NAME = "\0netpol-agent"
 """An abstract socket: it belongs to the network namespace, whatever the file systems, and goes with its process."""
+PAUSE = 0.02
+"""Seconds between two looks whether our turn has come."""
+
+
+class Turn:
+    """Whose turn it is to write here. `waiting` is told once for whom we wait, at most for `patience` seconds. It ends
+    with `close`, or with the process."""
+
+    def __init__(self, patience: float, waiting: Callable[[str], None]) -> None:
+        self._patience = patience
+        self._waiting = waiting
+        self._lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._deadline = 0.0
+        self._holder = ""
+
+    def has_come(self) -> bool:
+        """Whether nobody else writes; from then on, it is we. Raises KernelError when the other one does not end."""
+        if _takes(self._lock):
+            self._lock.listen(8)
+            return True
+        if not self._holder:
+            self._holder = _holder()
+            self._deadline = monotonic() + self._patience
+            self._waiting(self._holder)
+        if monotonic() > self._deadline:
+            raise KernelError(
+                "this network namespace",
+                f"is written by another netpol-agent ({self._holder})",
+                "Stop that one first; while `run` is at work, it alone writes.",
+            )
+        return False
+
+    def close(self) -> None:
+        self._lock.close()
 
 
 @contextmanager
-def only_writer(
-    patience: float, waiting: Callable[[str], None], stopped: Callable[[], bool] = lambda: False
-) -> Iterator[bool]:
-    """Wait until no other netpol-agent writes here, for `patience` seconds; `waiting` is told who does. False when we
-    are `stopped` meanwhile.
-
-    Raises KernelError when the other one does not end."""
-    deadline = monotonic() + patience
-    holder = ""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as lock:
-        while not _takes(lock):
-            if not holder:
-                holder = _holder()
-                waiting(holder)
-            if stopped():
-                yield False
-                return
-            if monotonic() > deadline:
-                raise KernelError(
-                    "this network namespace",
-                    f"is written by another netpol-agent ({holder})",
-                    "Stop that one first; while `run` is at work, it alone writes.",
-                )
-            sleep(0.05)
-        lock.listen(8)
-        yield True
+def only_writer(patience: float, waiting: Callable[[str], None]) -> Iterator[None]:
+    """Wait for our turn. Raises KernelError when it does not come."""
+    with closing(Turn(patience, waiting)) as turn:
+        while not turn.has_come():
+            sleep(PAUSE)
+        yield
 
 
 def _takes(lock: socket.socket) -> bool:

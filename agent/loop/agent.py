@@ -20,6 +20,7 @@ from agent.dataplane.applied import dispatched
 from agent.dataplane.dataplane import Dataplane
 from agent.dataplane.environment import problems
 from agent.dataplane.errors import KernelError
+from agent.dataplane.lock import PAUSE
 from agent.dataplane.report import Report, plural
 from agent.kube.events import Announcer, by_id
 from agent.kube.kinds import NAMESPACE, NETWORK_POLICY, POD
@@ -49,7 +50,8 @@ T = TypeVar("T")
 
 
 class Agent:
-    """Call `run` in the thread and network namespace of the dataplane; `stop` from anywhere."""
+    """Call `run` in the thread and network namespace of the dataplane; `stop` from anywhere. `begin` is asked again and
+    again until it tells that nobody else writes; by then, what the cluster asks for is known and compiled."""
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class Agent:
         health: Health,
         announcer: Announcer,
         resync: float,
+        begin: Callable[[], bool],
     ) -> None:
         self.node = Node(node)
         self._dataplane = dataplane
@@ -73,6 +76,8 @@ class Agent:
         self._health = health
         self._announcer = announcer
         self._resync = resync
+        self._begin = begin
+        self._begun = False  # whether it is our turn to write
         self.stopping = False
         self.adopted = False  # whether the kernel was brought to what we know, at least once
         self._findings: dict[str, list[str]] = {}  # ids of what is wrong with a policy
@@ -96,7 +101,11 @@ class Agent:
         begin = due = look = repaired = monotonic()
         disturbed = False
         while not self.stopping:
-            rest = max(0.0, repaired + QUIET - monotonic()) if disturbed else TURN
+            if self._begun:
+                rest = max(0.0, repaired + QUIET - monotonic()) if disturbed else TURN
+            else:
+                self._begun = self._begin()
+                rest = 0.0 if self._begun else PAUSE
             told = {file for file, _ in waiting.poll(rest * 1000)}
             self._health.turned()
             disturbed |= notices in told and self._dataplane.disturbed()
@@ -104,7 +113,9 @@ class Agent:
             batch = self._inbox.take()
             self._apply(batch)
             if not self.adopted:
-                if complete and self._adopt():
+                if complete and not self._begun:
+                    self._prepare()
+                elif complete and self._adopt():
                     due = monotonic() + AGAIN
                 elif monotonic() - begin > LISTS:
                     gc.enable()
@@ -178,6 +189,12 @@ class Agent:
 
     # --- the kernel --------------------------------------------------------------------------------------------------
 
+    def _prepare(self) -> None:
+        """Have ready what is desired, while another agent still writes."""
+        self.node.compile()
+        if not gc.isenabled():
+            _settle()
+
     def _adopt(self) -> bool:
         """Bring the kernel from what an earlier run left to what is desired; False when that must wait."""
         if self._would_open():
@@ -186,9 +203,7 @@ class Agent:
         report = self._sync()
         if report is None:
             return False
-        gc.collect()
-        gc.freeze()
-        gc.enable()
+        _settle()
         self.adopted = True
         self._causes = []  # of the first lists, which are told as a whole
         self._look()
@@ -338,3 +353,10 @@ class Agent:
                 f"{cause}: {report}; in force {slowest * 1000:.1f} ms after the first was seen",
                 milliseconds=round(slowest * 1000, 2),
             )
+
+
+def _settle() -> None:
+    """What the first lists have made stays: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()

@@ -62,6 +62,7 @@ class Live:
             health=self.health,
             announcer=self.announced,
             resync=resync,
+            begin=lambda: True,
         )
 
     def reasons(self) -> list[str]:
