@@ -8,11 +8,13 @@ SCENARIO ?= all
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help packages venv prometheus helm manifests demo test unit lint bench clean
+.PHONY: help packages venv prometheus helm manifests demo test image image-lock unit lint bench clean
 
 help:
 	@echo 'make demo [SCENARIO=a|b|c]   play the scenarios: real packets through real rules, beside what the policies say'
 	@echo 'make test                    every test; those that need root run where root is had'
+	@echo 'make image [UNLOCKED=1]      leaves dist/netpol-agent-image.tar, the container image, without a registry or a daemon'
+	@echo 'make image-lock              write what the image is made of from now on into deploy/image/*.lock'
 	@echo 'make unit                    the tests that need neither root nor a kernel feature'
 	@echo 'make lint                    ruff, mypy --strict, layers'
 	@echo 'make bench                   measure, and write docs/benchmarks.md'
@@ -43,6 +45,13 @@ demo: packages venv
 
 test: packages venv prometheus helm
 	@$(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTS)
+
+# Variables that are given to make are in its recipes' environment: ARCH, UNLOCKED, OUT, SOURCE_DATE_EPOCH.
+image: venv
+	@PYTHON='$(BIN)/python' deploy/image/build
+
+image-lock: venv
+	@$(BIN)/python deploy/image/lock.py $(ARCH)
 
 unit: venv prometheus helm
 	@$(BIN)/pytest -n $(JOBS) -m 'not root' $(TESTS)
