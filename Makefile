@@ -8,13 +8,14 @@ SCENARIO ?= all
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help packages venv prometheus helm manifests demo test image image-lock unit lint bench clean
+.PHONY: help packages venv prometheus helm manifests demo test image image-lock e2e unit lint bench clean
 
 help:
 	@echo 'make demo [SCENARIO=a|b|c]   play the scenarios: real packets through real rules, beside what the policies say'
 	@echo 'make test                    every test; those that need root run where root is had'
 	@echo 'make image [UNLOCKED=1]      leaves dist/netpol-agent-image.tar, the container image, without a registry or a daemon'
 	@echo 'make image-lock              write what the image is made of from now on into deploy/image/*.lock'
+	@echo 'make e2e KUBECONFIG=FILE     install the chart in a real cluster, and try everything there (tests/cluster/kube.py)'
 	@echo 'make unit                    the tests that need neither root nor a kernel feature'
 	@echo 'make lint                    ruff, mypy --strict, layers'
 	@echo 'make bench                   measure, and write docs/benchmarks.md'
@@ -52,6 +53,10 @@ image: venv
 
 image-lock: venv
 	@$(BIN)/python deploy/image/lock.py $(ARCH)
+
+e2e: packages venv prometheus helm image
+	@[ -n "$$KUBECONFIG" ] || { echo 'make e2e: give KUBECONFIG=FILE of a cluster without a policy engine' >&2; exit 2; }
+	@$(BIN)/pytest -v --durations=10 $(or $(TESTS),tests/e2e)
 
 unit: venv prometheus helm
 	@$(BIN)/pytest -n $(JOBS) -m 'not root' $(TESTS)

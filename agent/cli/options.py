@@ -55,9 +55,9 @@ def multicast_option(function: F) -> F:
     )(function)
 
 
-def chosen_backend(name: str) -> Backend:
-    """The backend of the flag."""
-    return detect() if name == "auto" else Backend(name)
+def chosen_backend(name: str, *, programmed: bool = False) -> Backend:
+    """The backend of the flag; by itself the one to write, or the one that is `programmed`."""
+    return detect(programmed=programmed) if name == "auto" else Backend(name)
 
 
 PATIENCE = 10.0

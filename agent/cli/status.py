@@ -45,7 +45,7 @@ def status(
     if bool(files) != bool(node_name):
         raise click.UsageError("-f and --node go together")
     options = Options(multicast=allow_multicast)
-    dataplane = Dataplane(chosen_backend(backend), options=options)
+    dataplane = Dataplane(chosen_backend(backend, programmed=True), options=options)
     try:
         applied = dataplane.read()
     finally:

@@ -148,8 +148,9 @@ def _flavour(program: str) -> str:
     return "nft" if "nf_tables" in answer else "legacy"
 
 
-def detect() -> Backend:
-    """The backend that kubelet and kube-proxy use on this host, else the one that holds more rules, else nft.
+def detect(*, programmed: bool = False) -> Backend:
+    """The backend that kubelet and kube-proxy use on this host, else the one with more rules, else nft; of what is
+    `programmed` already, the one that holds our chains.
 
     Kubelet leaves the chain KUBE-IPTABLES-HINT (1.24 and later) or KUBE-KUBELET-CANARY in the table mangle."""
     text = {}
@@ -159,7 +160,8 @@ def detect() -> Backend:
         texts = [_quiet_save(f"{base}-{name}-save") for base in ("iptables", "ip6tables")]
         if any(texts):
             text[name] = "".join(texts)
-    for marks in (("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"), ("NPA-FORWARD",), ("KUBE-",)):
+    kubelet, ours, proxy = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"), ("NPA-FORWARD",), ("KUBE-",)
+    for marks in (ours, kubelet, proxy) if programmed else (kubelet, ours, proxy):
         for name in BACKENDS:
             if any(f"\n:{mark}" in text.get(name, "") for mark in marks):
                 return Backend(name)

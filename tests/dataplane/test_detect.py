@@ -142,3 +142,11 @@ def only_with(folder: Path, names: dict[str, str]) -> None:
         (folder / name).write_text(f'#!/bin/sh\nexec {shutil.which(tool)} "$@"\n')
         (folder / name).chmod(0o755)
     os.environ["PATH"] = str(folder)
+
+
+def test_what_is_programmed(backend: str, kernel: Kernel) -> None:
+    """Where our chains are, not where they would be written now."""
+    applied(backend, cluster())
+    other(backend).rules(4, *KUBELET["since 1.24"], table="mangle")
+    assert detect().name == other(backend).backend
+    assert detect(programmed=True).name == backend == kernel.backend

@@ -127,7 +127,7 @@ def test_backends(home: Home, release: Release, backend: str) -> None:
         release.install(f"agent.backend={backend}")
         home.is_as_written()
     for node in NODES:
-        assert f"({backend})" in release.run(node, "netpol-agent", "status")
+        assert f"backend {backend}:" in release.run(node, "netpol-agent", "status")
         for other in {"legacy", "nft"} - {backend}:
             for family in ("iptables", "ip6tables"):
                 assert "NPA-" not in on_node(node, f"{family}-{other}-save").stdout
