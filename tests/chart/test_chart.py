@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from agent.cli.exits import FINDINGS
 from agent.cli.main import cli
 from agent.kube.kinds import KINDS
 from tests.chart.helm import CHART, ROOT, Object, events, find, helm, render
@@ -255,6 +256,8 @@ def test_clean_up_needs_nothing_that_is_deleted_before() -> None:
     found = options(wait["args"])
     assert (found["namespace"], found["daemonset"]) == ("kube-system", daemonset["metadata"]["name"])
     assert found["timeout"] == 60 < job["spec"]["activeDeadlineSeconds"]
+    (failure,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert failure["onExitCodes"] == {"containerName": wait["name"], "operator": "In", "values": [FINDINGS]}
     assert role["rules"][0] == {
         "apiGroups": ["apps"],
         "resources": ["daemonsets"],
