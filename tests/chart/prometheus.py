@@ -18,7 +18,7 @@ import yaml
 
 from tests.chart.helm import tool
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 WHERE = "127.0.0.1:19090"
 
 
