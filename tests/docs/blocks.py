@@ -2,7 +2,7 @@
 
 A comment before a fence says where its commands are run by a test: `<!-- run: WHERE -->`.
 
-    cluster   a cluster with the image loaded and KUBECONFIG set, in the order of the document, from the repository's root
+    cluster   a cluster with the image loaded and KUBECONFIG set, in the document's order, from the repository's root
     chart     Helm alone; `helm template` in place of what would install
     node      the network namespace of a node, as root, where some policies are in force
     files     nothing but the command itself
@@ -52,7 +52,7 @@ def blocks(path: Path) -> list[Block]:
 
 
 def commands(text: str) -> list[str]:
-    """The lines of a block that are commands: joined where they go on, without prompts; of a transcript, none of the output."""
+    """The lines that are commands, joined where they go on; of a transcript those behind a prompt, without it."""
     lines = text.replace("\\\n", " ").splitlines()
     typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     return typed or [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
