@@ -5,11 +5,14 @@ mirrors there are, and whose keys they sign with, it reads from the machine's /e
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +66,7 @@ def fetch(packages: Sequence[Package], arch: str) -> list[Path]:
     missing = [one for one in packages if not (kept / one.sha256).exists()]
     if missing:
         kept.mkdir(parents=True, exist_ok=True)
-        apt = Apt(arch)
+        apt = mirror(arch)
         offers = apt.offers([one.name for one in missing])
         if gone := [one for one in missing if one not in offers]:
             raise Unavailable(_gone(gone, offers, len(packages), arch))
@@ -80,6 +83,21 @@ def differences(packages: Iterable[Package], now: Iterable[Package]) -> list[str
         if before.get(name) != after.get(name):
             lines.append(f"{name}: locked {_version(before.get(name))}, available {_version(after.get(name))}")
     return lines
+
+
+@cache
+def mirror(arch: str) -> Apt:
+    """As it is now, for one process."""
+    return Apt(arch)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One process at a time works in the cache."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Apt:

@@ -8,7 +8,7 @@ import tempfile
 import tomllib
 
 import wheels
-from debian import HERE, Apt, Unavailable, lock_file, names
+from debian import HERE, Unavailable, alone, lock_file, mirror, names
 
 AIO = "aiohttp aiohttp-retry aiohappyeyeballs aiosignal attrs frozenlist multidict propcache yarl"
 """What `kubernetes` requires for its `aio` package only, which the image leaves out."""
@@ -16,7 +16,7 @@ HEADER = "# Written by `make image-lock`.\n"
 
 
 def debian_lock(arch: str) -> str:
-    packages = sorted(Apt(arch).newest(names()))
+    packages = sorted(mirror(arch).newest(names()))
     return HEADER + "".join(f"{one.name} {one.version} {one.sha256}\n" for one in packages)
 
 
@@ -55,6 +55,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        with alone():
+            main()
     except Unavailable as error:
         sys.exit(f"image-lock: {error}")

@@ -1,4 +1,4 @@
-"""root.py [--arch ARCH] DIR: the image's root file system, of locked Debian packages, locked wheels and our own.
+"""root.py --arch ARCH DIR: the image's root file system, of locked Debian packages, locked wheels and our own.
 
 UNLOCKED=1 takes the Debian packages that the mirror has now, and says which they are. Nothing of the image is executed
 but its own Python, to compile, and that only where the machine is of its kind."""
@@ -20,7 +20,7 @@ import debian
 import wheels
 from debian import HERE, Package, Unavailable
 
-MERGED = {"bin", "sbin", "lib", "lib64"}
+MERGED = ("bin", "lib", "lib64", "sbin")
 """Are links into /usr."""
 PACKAGES = "usr/lib/python3/dist-packages"
 DIRECTORIES = ("dev", "proc", "run", "sys", "tmp", "root", "var/lib")
@@ -59,7 +59,7 @@ class Root:
         path.chmod(0o755)
         for name in MERGED:
             (path / name).symlink_to(f"usr/{name}")
-        for name in (*(f"usr/{name}" for name in sorted(MERGED)), *DIRECTORIES):
+        for name in (*(f"usr/{name}" for name in MERGED), *DIRECTORIES):
             self._parents(PurePosixPath(name, "."))
             (path / name).mkdir(exist_ok=True)
         (path / "tmp").chmod(0o1777)
@@ -123,7 +123,7 @@ def debian_packages(arch: str) -> list[Package]:
         if [one.name for one in locked] != sorted(debian.names()):
             raise Unavailable(f"{debian.lock_file(arch).name} has other packages than `packages`: `make image-lock`")
         return locked
-    now = sorted(debian.Apt(arch).newest(debian.names()))
+    now = sorted(debian.mirror(arch).newest(debian.names()))
     if changed := debian.differences(locked, now):
         print(f"image: NOT AS LOCKED, {len(changed)} of {len(now)} Debian packages:", file=sys.stderr)
         print(*(f"  {line}" for line in changed), sep="\n", file=sys.stderr)
@@ -180,7 +180,8 @@ def main() -> None:
     parser.add_argument("root", type=Path)
     parser.add_argument("--arch", choices=sorted(wheels.MACHINES), required=True)
     given = parser.parse_args()
-    assemble(given.root.absolute(), given.arch)
+    with debian.alone():
+        assemble(given.root.absolute(), given.arch)
 
 
 if __name__ == "__main__":

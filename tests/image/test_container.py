@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +18,7 @@ import yaml
 
 from tests.dataplane.kernel import Kernel, run
 from tests.dataplane.scenes import NODE, applied, cluster, desired
-from tests.image.built import RECIPE
+from tests.image.built import RECIPE, VERSION, Image
 from tests.image.container import Container, Containers, needs_runc
 from tests.kube.certificates import Authority
 from tests.kube.server import Server
@@ -122,6 +124,26 @@ def test_apply_status_clean(backend: str, kernel: Kernel, containers: Containers
     assert "policies" in containers.run("status", "--backend", backend)
     containers.run("clean", "--backend", backend)
     assert kernel.everything() == before
+
+
+@pytest.mark.skipif(shutil.which("containerd") is None, reason="needs containerd, of Debian's package")
+def test_containerd_takes_it(image: Image, tmp_path: Path) -> None:
+    """Under the name that a kubelet asks for when a pod's image is netpol-agent:dev."""
+    settings = {"version": 2, "root": str(tmp_path / "root"), "state": str(tmp_path / "state")}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    socket = tmp_path / "socket"
+    lines += ['disabled_plugins = ["io.containerd.grpc.v1.cri"]', "[grpc]", f'address = "{socket}"', ""]
+    (tmp_path / "config").write_text("\n".join(lines))
+    with (tmp_path / "log").open("w") as log:
+        containerd = subprocess.Popen(["containerd", "--config", tmp_path / "config"], stdout=log, stderr=log)
+        try:
+            until(socket.exists)
+            run("ctr", "--address", str(socket), "images", "import", str(image.archive))
+            names = run("ctr", "--address", str(socket), "images", "list", "--quiet").split()
+        finally:
+            containerd.terminate()
+            containerd.wait(timeout=20)
+    assert names == [f"docker.io/library/netpol-agent:{tag}" for tag in (VERSION, "dev")]
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
