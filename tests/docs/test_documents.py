@@ -23,8 +23,6 @@ WRITTEN = [path for path in DOCUMENTS if path.name not in ("cli.md", "benchmarks
 PROGRAMS = ("helm", "kubectl", "make", "netpol-agent")
 """Whose lines count as commands in blocks without a language, which hold what programs print, too."""
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:click")
-
 
 def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
