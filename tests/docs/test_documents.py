@@ -102,8 +102,8 @@ def test_links_and_anchors_lead_somewhere(path: Path) -> None:
 @each(WRITTEN)
 def test_files_that_are_named_are_there(path: Path) -> None:
     pattern = r"(?<![\w/.$~*-])((?:agent|charts|deploy|docs|tests)/[\w./-]*\w)"
-    missing = {name for name in re.findall(pattern, path.read_text()) if not (ROOT / name).exists()}
-    assert not missing
+    for name in re.findall(pattern, path.read_text()):
+        assert any(ROOT.glob(re.sub(r"[A-Z]{3,}", "*", name))), name  # ARCH stands for something
 
 
 @each(WRITTEN)
