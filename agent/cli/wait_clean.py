@@ -56,19 +56,18 @@ def wait_clean(daemonset: str, namespace: str, timeout: float, kubeconfig: str |
                 click.echo(f"clean: {plural(len(now.ready), 'node')}")
                 return DONE
             if monotonic() > deadline:
-                _say_what_is_left(now, daemonset, namespace, timeout)
+                _say_what_is_left(now, timeout)
                 return FINDINGS
         sleep(PAUSE)
 
 
-def _say_what_is_left(now: Rollout, daemonset: str, namespace: str, timeout: float) -> None:
+def _say_what_is_left(now: Rollout, timeout: float) -> None:
     for node, why in sorted(now.waiting.items()):
         click.secho(f"{node} is not clean: {why}", err=True, fg="red")
     desired = "an unknown number of" if now.desired is None else str(now.desired)
     click.secho(
         f"error: {len(now.ready)} of {desired} nodes are clean after {timeout:.0f} s. "
-        f"DaemonSet {namespace}/{daemonset} goes on cleaning those that come back; then delete it: "
-        f"kubectl -n {namespace} delete daemonset {daemonset}",
+        "Helm takes the clean-up away now; for nodes that come back: kubectl apply -f deploy/netpol-agent-clean.yaml",
         err=True,
         fg="red",
     )

@@ -257,6 +257,8 @@ def _live_start(results: list[Result]) -> list[Row]:
     resident = max(r["memory"]["resident"] for r in results)
     writes = max(r["again"]["writes"] for r in results)
     told = all(r["again"]["told"] for r in results)
+    handover = median(r["handover"]["seconds"] for r in results)
+    touched = any(r["handover"]["touched"] for r in results)
     return [
         Row(
             f"`run` on an empty node, {work}, from its exec until it is ready",
@@ -275,6 +277,12 @@ def _live_start(results: list[Result]) -> list[Row]:
             f"{writes:.0f} writes, median {duration(again)} (n = {len(results)})",
             "0 writes, ≤ 5 s",
             writes == 0 and told and again <= 5,
+        ),
+        Row(
+            f"hand-over to the next `run` beside it, {work}, from SIGTERM until that one enforces",
+            f"0 writes, median {duration(handover)} (n = {len(results)})" if not touched else "it wrote",
+            "0 writes, ≤ 1 s",
+            not touched and handover <= 1,
         ),
     ]
 

@@ -25,11 +25,11 @@ STOPPED = 2.5
 """Seconds until an agent must have ended after SIGTERM: one, and what a busy machine adds."""
 
 
-def until(true: Callable[[], Any], seconds: float, what: str) -> float:
+def until(true: Callable[[], Any], seconds: float, what: str, else_shown: Callable[[], str] = str) -> float:
     """Wait for what must become true; how long that took."""
     begin = time.monotonic()
     while not true():
-        assert time.monotonic() - begin < seconds, f"not within {seconds} s: {what}"
+        assert time.monotonic() - begin < seconds, f"not within {seconds} s: {what}\n{else_shown()}"
         time.sleep(0.02)
     return time.monotonic() - begin
 

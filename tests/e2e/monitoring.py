@@ -1,4 +1,6 @@
-"""Prometheus in the cluster, with the chart's own scrape configuration and alerts; the binary is Debian's."""
+"""Prometheus in the cluster, with the chart's own scrape configuration and alerts; the binary is Debian's.
+
+That one is built without Kubernetes discovery: a container beside it asks for the pods (tests/chart/discovery.py)."""
 
 from __future__ import annotations
 
@@ -17,12 +19,15 @@ from urllib.parse import urlencode
 import pytest
 import yaml
 
+from tests.chart import discovery
 from tests.cluster.kube import kubectl
 from tests.cluster.live import until
 from tests.e2e.release import CHART, ROOT, load_image
 
 SPACE = "netpol-agent-monitoring"
 IMAGE = "netpol-agent-prometheus:test"
+OURS = "netpol-agent:dev"
+TARGETS = "/data/targets.json"
 EVERY = "1s"
 
 
@@ -35,11 +40,16 @@ def rules() -> dict[str, Any]:
     return held
 
 
+def _scrape() -> list[dict[str, Any]]:
+    held: list[dict[str, Any]] = yaml.safe_load((CHART / "files" / "scrape.yaml").read_text())
+    return held
+
+
 def _configuration() -> dict[str, Any]:
     return {
         "global": {"scrape_interval": EVERY, "evaluation_interval": EVERY, "scrape_timeout": EVERY},
         "rule_files": ["/etc/prometheus/alerts.yaml"],
-        "scrape_configs": yaml.safe_load((CHART / "files" / "scrape.yaml").read_text()),
+        "scrape_configs": discovery.jobs(_scrape(), TARGETS),
     }
 
 
@@ -47,7 +57,13 @@ def _objects() -> list[dict[str, Any]]:
     named = {"name": "prometheus", "namespace": SPACE}
     cluster_wide = {"name": SPACE}
     group = "rbac.authorization.k8s.io"
-    files = {"prometheus.yml": yaml.safe_dump(_configuration()), "alerts.yaml": yaml.safe_dump(rules())}
+    files = {
+        "prometheus.yml": yaml.safe_dump(_configuration()),
+        "alerts.yaml": yaml.safe_dump(rules()),
+        "discovery.py": Path(discovery.__file__).read_text(),
+    }
+    mounts = [{"name": "files", "mountPath": "/etc/prometheus"}, {"name": "data", "mountPath": "/data"}]
+    (job,) = _scrape()
     return [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SPACE}},
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": named},
@@ -77,13 +93,18 @@ def _objects() -> list[dict[str, Any]]:
                         "name": "prometheus",
                         "image": IMAGE,
                         "imagePullPolicy": "IfNotPresent",
-                        "args": ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/data"],
+                        "args": ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/data/series"],
                         "readinessProbe": {"httpGet": {"path": "/-/ready", "port": 9090}, "periodSeconds": 1},
-                        "volumeMounts": [
-                            {"name": "files", "mountPath": "/etc/prometheus"},
-                            {"name": "data", "mountPath": "/data"},
-                        ],
-                    }
+                        "volumeMounts": mounts,
+                    },
+                    {
+                        "name": "discovery",
+                        "image": OURS,
+                        "imagePullPolicy": "IfNotPresent",
+                        "command": ["/usr/bin/python3", "/etc/prometheus/discovery.py"],
+                        "args": [discovery.selector(job), TARGETS],
+                        "volumeMounts": mounts,
+                    },
                 ],
                 "volumes": [{"name": "files", "configMap": {"name": "prometheus"}}, {"name": "data", "emptyDir": {}}],
             },
@@ -102,6 +123,13 @@ class Prometheus:
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         return list(self.ask("query", query=expression)["result"])
+
+    def state(self) -> str:
+        """What a person would look at when targets are missing."""
+        shown = [
+            kubectl("-n", SPACE, "logs", "prometheus", "-c", name, "--tail=20") for name in ("discovery", "prometheus")
+        ]
+        return "\n".join([*shown, str(self.ask("targets"))])
 
     def firing(self) -> set[str]:
         return {one["labels"]["alertname"] for one in self.ask("alerts")["alerts"] if one["state"] == "firing"}

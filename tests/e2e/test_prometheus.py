@@ -33,7 +33,9 @@ QUIET_WITHOUT = {"NetpolAgentRestarts"}
 def monitor(release: Release) -> Iterator[Prometheus]:
     assert release.is_there()
     with prometheus() as made:
-        until(lambda: len(made.query('up{job="netpol-agent"} == 1')) >= len(NODES), 60, "all targets are up")
+        until(
+            lambda: len(made.query('up{job="netpol-agent"} == 1')) >= len(NODES), 60, "all targets are up", made.state
+        )
         yield made
 
 
@@ -82,15 +84,18 @@ def test_rules_that_somebody_changes(monitor: Prometheus, release: Release) -> N
     monitor.fires("NetpolAgentDrift")
 
 
-def test_a_host_whose_traffic_passes_by(monitor: Prometheus) -> None:
-    """The interface of kube-proxy in IPVS mode appears; the agent looks for it once a minute."""
+def test_a_host_whose_traffic_passes_by(monitor: Prometheus, release: Release) -> None:
+    """The interface of kube-proxy in IPVS mode appears. An agent looks for it when it starts, and once a minute."""
     node = NODES[1]
     assert on_node(node, "ip", "link", "add", "kube-ipvs0", "type", "veth", "peer", "name", "npa-test").returncode == 0
     try:
-        monitor.fires("NetpolAgentUnenforceable", seconds=90)
+        kubectl("-n", SPACE, "delete", "pod", release.pods()[node])
+        monitor.fires("NetpolAgentUnenforceable")
     finally:
         on_node(node, "ip", "link", "del", "kube-ipvs0")
-    monitor.is_silent("NetpolAgentUnenforceable", seconds=90)
+    kubectl("-n", SPACE, "delete", "pod", release.pods()[node])
+    monitor.is_silent("NetpolAgentUnenforceable")
+    release.rolled_out()
 
 
 def test_permissions_that_are_missing(monitor: Prometheus, release: Release) -> None:

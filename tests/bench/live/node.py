@@ -136,6 +136,14 @@ class Agent:
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 
+    def says(self, words: str, times: int = 1, patience: float = 120) -> None:
+        """Wait until the log has this so many times."""
+        until = monotonic() + patience
+        while self.log().count(words) < times:
+            if monotonic() > until or self._process.poll() is not None:
+                sys.exit(f"the agent does not say {words!r}\n{self.log()}")
+            sleep(ASK)
+
     def metrics(self) -> dict[str, float]:
         """Sums over labels, and each with its labels."""
         found: dict[str, float] = {}

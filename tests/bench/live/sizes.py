@@ -21,7 +21,7 @@ WRITERS = 8
 
 
 def start(pods: int, policies: int, local: int) -> dict[str, Any]:
-    """On an empty node; then again, where the first has left its rules."""
+    """On an empty node; then again, where the first has left its rules; then beside one that is told to end."""
     api = Api()
     load(api, LiveWorld(pods, policies, local))
     sleep(REST)
@@ -38,11 +38,20 @@ def start(pods: int, policies: int, local: int) -> dict[str, Any]:
         writes = agent.metrics()["netpol_agent_kernel_writes_total"]
         told = "0 kernel writes" in agent.log()
         restarted = agent.memory()
+        with Agent(node) as following:
+            following.says("everything is known", 3)
+            sleep(REST)
+            told_to_end = perf_counter()
+            agent.stop()
+            following.says("enforcing:")
+            handover = perf_counter() - told_to_end
+            touched = "0 kernel writes" not in following.log()
     assert first > 0, "the node was not empty"
     return {
         "seconds": cold,
         "memory": {"peak": max(memory["peak"], later["peak"]), "resident": later["resident"]},
         "again": {"seconds": again, "writes": writes, "told": told, "memory": restarted},
+        "handover": {"seconds": handover, "touched": touched},
     }
 
 
