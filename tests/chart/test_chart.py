@@ -71,7 +71,7 @@ def container(one: Object) -> Any:
 def options(words: list[str], **environment: str) -> dict[str, Any]:
     """What the agent's own command line makes of a container's args, once the kubelet has put in the environment."""
     verb, *rest = (re.sub(r"\$\((\w+)\)", lambda name: environment[name[1]], word) for word in words)
-    return cli.commands[verb].make_context(verb, rest).params
+    return cli.commands[verb].make_context(verb, rest, **cli.context_settings).params
 
 
 # --- objects ---------------------------------------------------------------------------------------------------------

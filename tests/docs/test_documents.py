@@ -134,7 +134,7 @@ def parse(arguments: list[str]) -> None:
         if found is None:
             raise click.UsageError(f"there is no verb {name}")
         command = found
-    command.make_context(name, list(arguments), resilient_parsing=False)
+    command.make_context(name, list(arguments), **cli.context_settings)
 
 
 def test_parsing_finds_mistakes() -> None:
