@@ -78,6 +78,7 @@ class Agent:
         self._resync = resync
         self._begin = begin
         self._begun = False  # whether it is our turn to write
+        self._prepared = False  # whether all is ready for it
         self.stopping = False
         self.adopted = False  # whether the kernel was brought to what we know, at least once
         self._findings: dict[str, list[str]] = {}  # ids of what is wrong with a policy
@@ -113,8 +114,8 @@ class Agent:
             batch = self._inbox.take()
             self._apply(batch)
             if not self.adopted:
-                if complete and not self._begun:
-                    self._prepare()
+                if not self._begun:
+                    self._prepare(complete)
                 elif complete and self._adopt():
                     due = monotonic() + AGAIN
                 elif monotonic() - begin > LISTS:
@@ -189,11 +190,20 @@ class Agent:
 
     # --- the kernel --------------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> None:
-        """Have ready what is desired, while another agent still writes."""
+    def _prepare(self, complete: bool) -> None:
+        """Have ready what is desired, while another agent still writes.
+
+        Raises ApiError, KernelError for what would keep us from our work: it is better not to follow one that does its
+        own, and an update that cannot work ends here."""
+        if not complete:
+            if fault := self._watching.fault():
+                raise fault
+            return
         self.node.compile()
-        if not gc.isenabled():
+        if not self._prepared:
+            self._dataplane.read()
             _settle()
+            self._prepared = True
 
     def _adopt(self) -> bool:
         """Bring the kernel from what an earlier run left to what is desired; False when that must wait."""

@@ -13,9 +13,10 @@ from tests.cluster.kube import NODES, kubectl, left_on, needs_cluster, on_node
 from tests.cluster.live import until
 from tests.cluster.places import Places
 from tests.cluster.stage import Serving, staged
-from tests.e2e.release import SPACE, Release
+from tests.e2e.release import AGENTS, CHART, NAME, SPACE, Release, helm
 
 pytestmark = needs_cluster
+READY = 'jsonpath={range .items[?(@.status.conditions[?(@.type=="Ready")].status=="True")]}{.metadata.name} {end}'
 FEW = 100
 """Connections that a flood makes at least."""
 
@@ -85,6 +86,24 @@ def test_policies_change_during_an_upgrade(home: Home, release: Release) -> None
     release.rolled_out()
     print(f"{rounds} times a label came and went during the update; the slowest was enforced after {slowest:.2f} s")
     assert slowest < 5
+
+
+@pytest.mark.parametrize("value", ["rbac.create=false", "image.tag=nowhere", "agent.extraArgs={--no-such-option}"])
+def test_an_upgrade_that_cannot_work_replaces_nobody(home: Home, release: Release, value: str) -> None:
+    """No permissions, no image, no start: the old agents are there and enforce what changes, until it is put right."""
+    before = release.pods()
+    told = [word for one in (*release.values, value) for word in ("--set", one)]
+    with flood(home):
+        done = helm("upgrade", NAME, str(CHART), "--wait", "--timeout", "25s", *told)
+        assert done.code != 0
+    ready = kubectl("-n", SPACE, "get", "pods", "-l", AGENTS, "-o", READY).split()
+    assert set(before.values()) <= set(ready)
+    assert len(ready) == len(before)
+    for label, wanted in (("friend=yes", {True}), ("friend-", {False})):
+        kubectl("-n", "release-home", "label", "--overwrite", "pod", "stranger", label)
+        until(lambda wanted=wanted: home.reaches(STRANGER, patience=0.1) == wanted, 10, f"{label} is enforced")
+    release.install()
+    release.rolled_out()
 
 
 @pytest.mark.parametrize("how", ["--grace-period=1", "--force"])

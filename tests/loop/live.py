@@ -69,6 +69,9 @@ class Live:
         """As `Watching.reasons`."""
         return [] if self.complete else ["the first list is not complete"]
 
+    def fault(self) -> None:
+        """As `Watching.fault`."""
+
     def put(self, *objects: Object) -> None:
         """Objects as the API server sends them."""
         for one in objects:

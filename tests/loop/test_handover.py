@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.dataplane.kernel import Kernel, run
-from tests.dataplane.scenes import NODE, Object, cluster, desired
-from tests.kube.server import Server
+from tests.dataplane.scenes import NODE, Object, cluster, desired, policy
+from tests.kube.server import Fault, Server
 from tests.lab.world import REPOSITORY
 
 pytestmark = pytest.mark.root
@@ -47,8 +47,8 @@ class Process:
 
 
 @contextmanager
-def api(tmp_path: Path, objects: list[Object]) -> Iterator[Path]:
-    """A kubeconfig of an API server that has these objects."""
+def api(tmp_path: Path, objects: list[Object]) -> Iterator[tuple[Path, Server]]:
+    """An API server that has these objects, and a kubeconfig of it."""
     kubeconfig = tmp_path / "kubeconfig"
     run("ip", "link", "set", "lo", "up")
     with Server(*objects) as server:
@@ -56,7 +56,7 @@ def api(tmp_path: Path, objects: list[Object]) -> Iterator[Path]:
             "{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c, user: u}}],"
             f"clusters: [{{name: c, cluster: {{server: '{server.url}'}}}}], users: [{{name: u, user: {{token: t}}}}]}}"
         )
-        yield kubeconfig
+        yield kubeconfig, server
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -64,7 +64,7 @@ def test_the_next_one_knows_the_cluster_before_it_may_write(
     backend: str, kernel: Kernel, tmp_path: Path, number: signal.Signals
 ) -> None:
     objects = cluster()
-    with api(tmp_path, objects) as kubeconfig:
+    with api(tmp_path, objects) as (kubeconfig, _):
         first = Process(tmp_path / "first", backend, kubeconfig)
         first.says("enforcing:")
         second = Process(tmp_path / "second", backend, kubeconfig)
@@ -80,7 +80,7 @@ def test_the_next_one_knows_the_cluster_before_it_may_write(
 
 
 def test_one_that_waits_can_be_told_to_stop(backend: str, kernel: Kernel, tmp_path: Path) -> None:
-    with api(tmp_path, cluster()) as kubeconfig:
+    with api(tmp_path, cluster()) as (kubeconfig, _):
         first = Process(tmp_path / "first", backend, kubeconfig)
         first.says("enforcing:")
         second = Process(tmp_path / "second", backend, kubeconfig)
@@ -88,3 +88,19 @@ def test_one_that_waits_can_be_told_to_stop(backend: str, kernel: Kernel, tmp_pa
         assert second.end(signal.SIGTERM) == 0
         assert kernel.ours() == desired(cluster())
         assert first.end(signal.SIGTERM) == 0
+
+
+def test_one_that_could_not_work_does_not_follow(backend: str, kernel: Kernel, tmp_path: Path) -> None:
+    """It ends, with the reason; the one that is at work goes on."""
+    objects = cluster()
+    with api(tmp_path, objects) as (kubeconfig, server):
+        first = Process(tmp_path / "first", backend, kubeconfig)
+        first.says("enforcing:")
+        server.spoil("NetworkPolicy", *[Fault("answer", status=403, body=b'{"message": "it may not"}')] * 3)
+        second = Process(tmp_path / "second", backend, kubeconfig)
+        assert second.process.wait(SECONDS) == 3
+        assert "error: it may not (HTTP 403)" in second.log.read_text()
+        server.put(edited := policy("later", {}, ingress=[]))
+        first.says("NetworkPolicy x/later")
+        assert first.end(signal.SIGTERM) == 0
+        assert kernel.ours() == desired([*objects, edited])
