@@ -78,9 +78,21 @@ class Release:
 
     def pods(self) -> dict[str, str]:
         """The agents' pods, by node; where there are two, the younger one."""
+        return {pod["spec"]["nodeName"]: pod["metadata"]["name"] for pod in self._items() if "nodeName" in pod["spec"]}
+
+    def ready(self) -> set[str]:
+        """Those of the agents' pods that are."""
+        true = {"type": "Ready", "status": "True"}.items()
+        return {
+            pod["metadata"]["name"]
+            for pod in self._items()
+            if any(true <= one.items() for one in pod["status"].get("conditions", ()))
+        }
+
+    def _items(self) -> list[dict[str, Any]]:
+        """The older ones first."""
         items = json.loads(kubectl("-n", SPACE, "get", "pods", "-l", AGENTS, "-o", "json"))["items"]
-        items.sort(key=lambda pod: pod["metadata"]["creationTimestamp"])
-        return {pod["spec"]["nodeName"]: pod["metadata"]["name"] for pod in items if "nodeName" in pod["spec"]}
+        return sorted(items, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
     def rolled_out(self) -> None:
         kubectl("-n", SPACE, "rollout", "status", f"daemonset/{NAME}", "--timeout=120s")

@@ -13,10 +13,9 @@ from tests.cluster.kube import NODES, kubectl, left_on, needs_cluster, on_node
 from tests.cluster.live import until
 from tests.cluster.places import Places
 from tests.cluster.stage import Serving, staged
-from tests.e2e.release import AGENTS, CHART, NAME, SPACE, Release, helm
+from tests.e2e.release import CHART, NAME, SPACE, Release, helm
 
 pytestmark = needs_cluster
-READY = 'jsonpath={range .items[?(@.status.conditions[?(@.type=="Ready")].status=="True")]}{.metadata.name} {end}'
 FEW = 100
 """Connections that a flood makes at least."""
 
@@ -96,9 +95,7 @@ def test_an_upgrade_that_cannot_work_replaces_nobody(home: Home, release: Releas
     with flood(home):
         done = helm("upgrade", NAME, str(CHART), "--wait", "--timeout", "25s", *told)
         assert done.code != 0
-    ready = kubectl("-n", SPACE, "get", "pods", "-l", AGENTS, "-o", READY).split()
-    assert set(before.values()) <= set(ready)
-    assert len(ready) == len(before)
+    assert release.ready() == set(before.values())
     for label, wanted in (("friend=yes", {True}), ("friend-", {False})):
         kubectl("-n", "release-home", "label", "--overwrite", "pod", "stranger", label)
         until(lambda wanted=wanted: home.reaches(STRANGER, patience=0.1) == wanted, 10, f"{label} is enforced")
