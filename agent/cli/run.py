@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from errno import EADDRINUSE
 from time import monotonic, sleep
@@ -20,19 +19,19 @@ from agent.kube.connection import Connection, configuration_source
 from agent.kube.events import Announcer
 from agent.loop import logs
 from agent.loop.agent import Agent
-from agent.loop.health import Health
+from agent.loop.health import NOT_YET, Health
 from agent.loop.inbox import Inbox
 from agent.loop.metrics import Metrics
 from agent.loop.npm import ClusterMetrics, NodeMetrics
-from agent.loop.server import Address, Answer, Paths, Server, health_paths, metrics_path
+from agent.loop.server import Address, Paths, Server, answers, health_paths, metrics_path
 from agent.loop.watching import Watching
 
 LINGER = 1.0
 """Seconds that a set outlives its last rule, for other programs that list rules."""
 PATIENCE = 300.0
 """Seconds that we wait for another writer to end: in a rolling update, the one before us, which ends when we run."""
-CLOSING = 1.0
-"""Seconds that the sockets of a process that has ended may take to close."""
+CLOSING = 2.0
+"""Seconds that the sockets of a process that ends may take to close."""
 SWITCH = 0.001
 """Seconds after which a thread that decodes lets the writer have its turn."""
 
@@ -64,6 +63,12 @@ _LISTEN = _Listen()
     help="The node whose pods are judged here, as in spec.nodeName.",
 )
 @cluster_options
+@click.option(
+    "--instance",
+    default="",
+    metavar="NAME:VERSION",
+    help="What we are called by /readyz?instance=…, which tells whether this version could follow another one.",
+)
 @backend_option
 @multicast_option
 @click.option(
@@ -102,6 +107,7 @@ def run(
     node_name: str,
     kubeconfig: str | None,
     context: str | None,
+    instance: str,
     backend: str,
     allow_multicast: bool,
     health_address: Address | None,
@@ -139,18 +145,22 @@ def run(
     metrics.unenforceable.set_function(lambda: float(len(health.unenforceable)))
     announcer = Announcer(connection, node_name, lambda result: metrics.posted.labels(result).inc())
     dataplane = Dataplane(chosen_backend(backend), options=Options(multicast=allow_multicast), linger=LINGER)
-    turn = Turn(PATIENCE, _wait_for)
+    turn = Turn(PATIENCE, _wait_for, instance)
+    waiting = _serve(
+        (health_address, health_paths(health, instance, turn.why_not)),
+        (metrics_address, metrics_path("/metrics", metrics.registry)),
+        (npm_metrics_address, metrics_path("/node-metrics", npm.registry)),
+        (npm_metrics_address, metrics_path("/cluster-metrics", ClusterMetrics(metrics).registry)),
+    )
 
-    def begin() -> bool:
-        """Whether it is our turn to write; then we answer, too: until then, the agent before us does."""
-        if not turn.has_come():
+    def begin(prepared: bool) -> bool:
+        """Whether it is our turn to write; then we answer where the agent before us did."""
+        if not turn.has_come(prepared):
+            health.enforcing = "" if prepared else NOT_YET
             return False
-        _serve(
-            (health_address, health_paths(health)),
-            (metrics_address, metrics_path("/metrics", metrics.registry)),
-            (npm_metrics_address, metrics_path("/node-metrics", npm.registry)),
-            (npm_metrics_address, metrics_path("/cluster-metrics", ClusterMetrics(metrics).registry)),
-        )
+        health.enforcing = NOT_YET
+        for address, paths in waiting.items():
+            _take_over(address, paths)
         announcer.start()
         return True
 
@@ -183,23 +193,35 @@ def _wait_for(holder: str) -> None:
     logs.log(logging.WARNING, f"waiting for another netpol-agent to end ({holder})")
 
 
-def _serve(*wanted: tuple[Address | None, Paths]) -> None:
-    """One server for each address, with the paths of all that are wanted there."""
-    servers: dict[Address, dict[str, Callable[[], Answer]]] = {}
+def _serve(*wanted: tuple[Address | None, Paths]) -> dict[Address, Paths]:
+    """One server for each address, with the paths of all that are wanted there. Those come back where another
+    netpol-agent still answers; raises OSError where somebody else does."""
+    servers: dict[Address, Paths] = {}
     for address, paths in wanted:
         if address is not None:
-            servers.setdefault(address, {}).update(paths)
-    for address, paths in servers.items():
-        _listen(address, paths).start()
+            servers[address] = {**servers.get(address, {}), **paths}
+    return {address: paths for address, paths in servers.items() if not _listen(address, paths)}
 
 
-def _listen(address: Address, paths: Paths) -> Server:
-    """When our turn has come, the process before us may still be closing what it had open."""
+def _listen(address: Address, paths: Paths) -> bool:
+    """Whether we answer there now, or another netpol-agent does. Raises OSError."""
     deadline = monotonic() + CLOSING
     while True:
         try:
-            return Server(address, paths)
+            Server(address, paths).start()
+            return True
         except OSError as error:
+            if error.errno == EADDRINUSE and answers(address):
+                return False
             if error.errno != EADDRINUSE or monotonic() > deadline:
                 raise OSError(f"cannot listen on {address}: {error.strerror}") from error
+        sleep(PAUSE)
+
+
+def _take_over(address: Address, paths: Paths) -> None:
+    """Our turn has come: the process before us may still be closing what it had open. Raises OSError."""
+    deadline = monotonic() + CLOSING
+    while not _listen(address, paths):
+        if monotonic() > deadline:
+            raise OSError(f"cannot listen on {address}: a netpol-agent of another network namespace answers there")
         sleep(PAUSE)

@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 class Agent:
     """Call `run` in the thread and network namespace of the dataplane; `stop` from anywhere. `begin` is asked again and
-    again until it tells that nobody else writes; by then, what the cluster asks for is known and compiled."""
+    again until it tells that nobody else writes; it is told whether we are prepared for that."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Agent:
         health: Health,
         announcer: Announcer,
         resync: float,
-        begin: Callable[[], bool],
+        begin: Callable[[bool], bool],
     ) -> None:
         self.node = Node(node)
         self._dataplane = dataplane
@@ -78,7 +78,7 @@ class Agent:
         self._resync = resync
         self._begin = begin
         self._begun = False  # whether it is our turn to write
-        self._prepared = False  # whether all is ready for it
+        self._prepared = False  # whether all is ready for it, should it be another's turn
         self.stopping = False
         self.adopted = False  # whether the kernel was brought to what we know, at least once
         self._findings: dict[str, list[str]] = {}  # ids of what is wrong with a policy
@@ -105,7 +105,7 @@ class Agent:
             if self._begun:
                 rest = max(0.0, repaired + QUIET - monotonic()) if disturbed else TURN
             else:
-                self._begun = self._begin()
+                self._begun = self._begin(self._prepared)
                 rest = 0.0 if self._begun else PAUSE
             told = {file for file, _ in waiting.poll(rest * 1000)}
             self._health.turned()
@@ -114,8 +114,8 @@ class Agent:
             batch = self._inbox.take()
             self._apply(batch)
             if not self.adopted:
-                if not self._begun:
-                    self._prepare(complete)
+                if complete and not self._begun:
+                    self._prepare()
                 elif complete and self._adopt():
                     due = monotonic() + AGAIN
                 elif monotonic() - begin > LISTS:
@@ -190,15 +190,8 @@ class Agent:
 
     # --- the kernel --------------------------------------------------------------------------------------------------
 
-    def _prepare(self, complete: bool) -> None:
-        """Have ready what is desired, while another agent still writes.
-
-        Raises ApiError, KernelError for what would keep us from our work: it is better not to follow one that does its
-        own, and an update that cannot work ends here."""
-        if not complete:
-            if fault := self._watching.fault():
-                raise fault
-            return
+    def _prepare(self) -> None:
+        """Have ready what is desired, while another agent still writes. Raises KernelError when we could not write."""
         self.node.compile()
         if not self._prepared:
             self._dataplane.read()

@@ -9,13 +9,16 @@ STUCK = 60.0
 """Seconds without a turn of the writer after which it counts as stuck; there is one a second at least."""
 
 
+NOT_YET = "nothing has been enforced yet"
+
+
 class Health:
     """Set by the writer, read by `/livez` and `/readyz`. `watching` tells why the cluster is not known, if so."""
 
     def __init__(self, watching: Callable[[], list[str]]) -> None:
         self._watching = watching
         self._turn = monotonic()
-        self.enforcing = "nothing has been enforced yet"  # why the kernel is not as desired, "" when it is
+        self.enforcing = NOT_YET  # why the kernel is not as desired, "" when it is
         self.unenforceable: tuple[str, ...] = ()  # what of this host passes by the rules
 
     def turned(self) -> None:

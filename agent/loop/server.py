@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from threading import Lock, Thread
 from time import monotonic
 from typing import NamedTuple
+from urllib.parse import parse_qsl, urlsplit
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -18,6 +20,7 @@ from agent.loop.health import Health
 
 REQUESTS = 16
 """That are answered at the same time."""
+SOFTWARE = "netpol-agent"
 SECONDS = 5.0
 """That a client may take in all, to say what it wants and to take the answer."""
 
@@ -30,7 +33,8 @@ class Answer(NamedTuple):
     body: bytes
 
 
-Paths = Mapping[str, Callable[[], Answer]]
+Paths = Mapping[str, Callable[[Mapping[str, str]], Answer]]
+"""What answers to a query, by path."""
 
 
 class Address(NamedTuple):
@@ -53,21 +57,25 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def health_paths(health: Health) -> Paths:
-    """`/livez` and `/readyz`: 200 with "ok", or 503 with the reasons, a line each."""
+def health_paths(health: Health, instance: str = "", why_not: Callable[[str], str] = str) -> Paths:
+    """`/livez` and `/readyz`: 200 with "ok", or 503 with the reasons, a line each.
 
-    def live() -> Answer:
+    `/readyz?instance=X` of another instance than ours tells `why_not`: two that follow each other have one address, and
+    the one at work answers for the other, too."""
+
+    def live(_: Mapping[str, str]) -> Answer:
         return _verdict([reason for reason in [health.dead()] if reason])
 
-    def ready() -> Answer:
-        return _verdict(health.reasons())
+    def ready(query: Mapping[str, str]) -> Answer:
+        asked = query.get("instance", instance)
+        return _verdict(health.reasons() if asked == instance else [reason for reason in [why_not(asked)] if reason])
 
     return {"/livez": live, "/readyz": ready}
 
 
 def metrics_path(path: str, registry: CollectorRegistry) -> Paths:
     """A registry in Prometheus's text format."""
-    return {path: lambda: Answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))}
+    return {path: lambda _: Answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))}
 
 
 def _verdict(reasons: list[str]) -> Answer:
@@ -132,9 +140,21 @@ def _hang_up(request: socket.socket) -> None:
         request.shutdown(socket.SHUT_RDWR)
 
 
+def answers(address: Address) -> bool:
+    """Whether it is a netpol-agent that listens there."""
+    asking = HTTPConnection(address.host, address.port, timeout=1)
+    try:
+        asking.request("HEAD", "/livez")
+        return (asking.getresponse().getheader("Server") or "").startswith(SOFTWARE)
+    except (OSError, HTTPException):
+        return False
+    finally:
+        asking.close()
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: Server
-    server_version = "netpol-agent"
+    server_version = SOFTWARE
     sys_version = ""
     timeout = SECONDS
 
@@ -145,8 +165,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=False)
 
     def _answer(self, *, body: bool) -> None:
-        made = self.server.paths.get(self.path.partition("?")[0])
-        answer = made() if made else Answer(404, "text/plain; charset=utf-8", b"not here\n")
+        asked = urlsplit(self.path)
+        made = self.server.paths.get(asked.path)
+        answer = made(dict(parse_qsl(asked.query))) if made else Answer(404, "text/plain; charset=utf-8", b"not here\n")
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.type)
         self.send_header("Content-Length", str(len(answer.body)))

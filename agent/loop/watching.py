@@ -71,11 +71,6 @@ class Watching:
                 found.append(f"{kind}: {told(fault.error, fault.advice)}")
         return found
 
-    def fault(self) -> ApiError | None:
-        """What keeps the API server from telling us about a kind that we do not know yet, if anything does."""
-        faults = dict(self._faults)
-        return next((one.error for kind, one in faults.items() if kind in self._pending and one.over is None), None)
-
     # --- what reflectors tell ----------------------------------------------------------------------------------------
 
     def changed(self, kind: str, key: str, value: Object) -> None:

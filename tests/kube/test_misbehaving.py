@@ -114,7 +114,7 @@ class Followed:
             health=Health(self.watching.reasons),
             announcer=Announced(),  # type: ignore[arg-type]
             resync=3600,
-            begin=lambda: True,
+            begin=lambda _: True,
         )
 
     @property

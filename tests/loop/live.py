@@ -62,15 +62,12 @@ class Live:
             health=self.health,
             announcer=self.announced,
             resync=resync,
-            begin=lambda: True,
+            begin=lambda _: True,
         )
 
     def reasons(self) -> list[str]:
         """As `Watching.reasons`."""
         return [] if self.complete else ["the first list is not complete"]
-
-    def fault(self) -> None:
-        """As `Watching.fault`."""
 
     def put(self, *objects: Object) -> None:
         """Objects as the API server sends them."""

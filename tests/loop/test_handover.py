@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 
 from tests.dataplane.kernel import Kernel, run
-from tests.dataplane.scenes import NODE, Object, cluster, desired, policy
+from tests.dataplane.scenes import NODE, Object, cluster, desired
 from tests.kube.server import Fault, Server
 from tests.lab.world import REPOSITORY
 
@@ -24,12 +26,14 @@ SECONDS = 20.0
 class Process:
     """One agent; what it has said is in a file."""
 
-    def __init__(self, log: Path, backend: str, kubeconfig: Path) -> None:
+    def __init__(self, log: Path, backend: str, kubeconfig: Path, *options: str) -> None:
         self.log = log
         command = [sys.executable, "-m", "agent", "run", "--node", NODE, "--backend", backend]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [*command, "--kubeconfig", str(kubeconfig), "--log-format", "json"], stderr=file, cwd=REPOSITORY
+                [*command, "--kubeconfig", str(kubeconfig), "--log-format", "json", *options],
+                stderr=file,
+                cwd=REPOSITORY,
             )
 
     def says(self, words: str, times: int = 1) -> None:
@@ -90,17 +94,70 @@ def test_one_that_waits_can_be_told_to_stop(backend: str, kernel: Kernel, tmp_pa
         assert first.end(signal.SIGTERM) == 0
 
 
-def test_one_that_could_not_work_does_not_follow(backend: str, kernel: Kernel, tmp_path: Path) -> None:
-    """It ends, with the reason; the one that is at work goes on."""
+def ready(instance: str, port: int = 10093) -> tuple[int, str]:
+    """What a probe for the instance is told, whoever answers; 0 when nobody does."""
+    asking = HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        asking.request("GET", f"/readyz?instance={instance}" if instance else "/readyz")
+        answer = asking.getresponse()
+        return answer.status, answer.read().decode().strip()
+    except OSError as error:
+        return 0, str(error)
+    finally:
+        asking.close()
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_the_one_at_work_says_whether_the_next_could_follow(backend: str, kernel: Kernel, tmp_path: Path) -> None:
+    """Not before it knows the cluster; and never for one of another name."""
     objects = cluster()
     with api(tmp_path, objects) as (kubeconfig, server):
+        first = Process(tmp_path / "first", backend, kubeconfig, "--instance", "x/agent:1")
+        first.says("enforcing:")
+        assert ready("x/agent:1") == (200, "ok")
+        status, why = ready("x/agent:2")
+        assert (status, why) == (503, "x/agent:2 has not said that it could follow; its log says what it waits for")
+        server.spoil("NetworkPolicy", *[Fault("answer", status=403, body=b'{"message": "it may not"}')] * 1000)
+        second = Process(tmp_path / "second", backend, kubeconfig, "--instance", "x/agent:2")
+        other = Process(tmp_path / "other", backend, kubeconfig, "--instance", "y/agent:1")
+        second.says("it may not (HTTP 403)")
+        assert ready("x/agent:2") == (503, why)
+        server.behave()
+        second.says("everything is known", times=3)
+        until(lambda: ready("x/agent:2") == (200, "ok"))
+        assert ready("x/agent:1") == (200, "ok")
+        other.says("everything is known", times=3)
+        assert ready("y/agent:1") == (503, "another netpol-agent is at work here, x/agent: one for a cluster")
+        second.end(signal.SIGKILL)
+        until(lambda: ready("x/agent:2") == (503, why))
+        third = Process(tmp_path / "third", backend, kubeconfig, "--instance", "x/agent:3")
+        until(lambda: ready("x/agent:3") == (200, "ok"))
+        assert other.end(signal.SIGTERM) == first.end(signal.SIGTERM) == 0
+        third.says("enforcing:")
+        until(lambda: ready("x/agent:3") == (200, "ok"))
+        assert ready("x/agent:1")[0] == 503
+        assert third.end(signal.SIGTERM) == 0
+        assert kernel.ours() == desired(objects)
+
+
+def test_where_somebody_else_listens_it_does_not_follow(backend: str, tmp_path: Path) -> None:
+    """It ends before it is its turn; where nobody does, it answers while it waits."""
+    with api(tmp_path, cluster()) as (kubeconfig, _), socket.create_server(("127.0.0.1", 0)) as taken:
         first = Process(tmp_path / "first", backend, kubeconfig)
         first.says("enforcing:")
-        server.spoil("NetworkPolicy", *[Fault("answer", status=403, body=b'{"message": "it may not"}')] * 3)
-        second = Process(tmp_path / "second", backend, kubeconfig)
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        second = Process(tmp_path / "second", backend, kubeconfig, "--metrics-address", address)
         assert second.process.wait(SECONDS) == 3
-        assert "error: it may not (HTTP 403)" in second.log.read_text()
-        server.put(edited := policy("later", {}, ingress=[]))
-        first.says("NetworkPolicy x/later")
+        assert f"cannot listen on {address}: Address already in use" in second.log.read_text()
+        third = Process(tmp_path / "third", backend, kubeconfig, "--health-address", "127.0.0.1:10094")
+        until(lambda: ready("", port=10094) == (200, "ok"))
+        assert "enforcing:" not in third.log.read_text()
         assert first.end(signal.SIGTERM) == 0
-        assert kernel.ours() == desired([*objects, edited])
+        third.says("enforcing:")
+        assert third.end(signal.SIGTERM) == 0

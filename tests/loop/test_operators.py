@@ -264,8 +264,8 @@ def test_a_writer_that_is_stuck_is_not_alive(monkeypatch: pytest.MonkeyPatch) ->
     assert "stuck" in health.dead()
     health.unenforceable = ("kube-proxy runs in IPVS mode",)
     assert health.reasons() == ["Pod: no answer", "nothing has been enforced yet", "kube-proxy runs in IPVS mode"]
-    assert health_paths(health)["/livez"]().status == 503
-    assert metrics_path("/metrics", filled().registry)["/metrics"]().status == 200
+    assert health_paths(health)["/livez"]({}).status == 503
+    assert metrics_path("/metrics", filled().registry)["/metrics"]({}).status == 200
 
 
 def test_a_stream_that_opens_and_fails_again_and_again_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
