@@ -45,7 +45,7 @@ demo: packages venv
 	@SCENARIO='$(SCENARIO)' NETPOL_AGENT='$(BIN)/netpol-agent' deploy/demo
 
 test: packages venv prometheus helm
-	@$(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTS)
+	@env -u KUBECONFIG $(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTS)
 
 # Variables that are given to make are in its recipes' environment: ARCH, UNLOCKED, OUT, SOURCE_DATE_EPOCH.
 image: venv
@@ -56,10 +56,10 @@ image-lock: venv
 
 e2e: packages venv prometheus helm image
 	@[ -n "$$KUBECONFIG" ] || { echo 'make e2e: give KUBECONFIG=FILE of a cluster without a policy engine' >&2; exit 2; }
-	@$(BIN)/pytest -v --durations=10 $(or $(TESTS),tests/e2e)
+	@E2E=1 $(BIN)/pytest -v --durations=10 $(or $(TESTS),tests/e2e)
 
 unit: venv prometheus helm
-	@$(BIN)/pytest -n $(JOBS) -m 'not root' $(TESTS)
+	@env -u KUBECONFIG $(BIN)/pytest -n $(JOBS) -m 'not root' $(TESTS)
 
 lint: venv
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports >/dev/null && echo 'lint: clean'

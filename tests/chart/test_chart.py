@@ -96,7 +96,7 @@ def test_faults_are_found() -> None:
     one = find(render(), "DaemonSet", "netpol-agent")
     container(one)["imagePullPolcy"] = container(one).pop("imagePullPolicy")
     container(one)["args"].append(1)
-    one["spec"]["minReadySeconds"] = "5"
+    one["spec"]["revisionHistoryLimit"] = "5"
     del one["spec"]["selector"]
     told = "\n".join(faults(one))
     for words in ("imagePullPolcy: is not known", "is 1, no string", "is '5', no integer", "selector: is missing"):
@@ -186,8 +186,29 @@ def test_an_update_puts_the_next_pod_beside_the_old_one() -> None:
     assert all("ports" not in each for each in spec["containers"])
     assert "initContainers" not in spec
     assert spec["hostNetwork"] is True
-    for probe, path in (("startupProbe", "/livez"), ("livenessProbe", "/livez"), ("readinessProbe", "/readyz")):
+    assert "minReadySeconds" not in one["spec"], "the controller of 1.34 loses updates by surge with it"
+    ready = f"/readyz?instance={instance(one)}"
+    for probe, path in (("startupProbe", "/livez"), ("livenessProbe", "/livez"), ("readinessProbe", ready)):
         assert container(one)[probe]["httpGet"] == {"host": "127.0.0.1", "port": 9101, "path": path}
+
+
+def instance(daemonset: Any) -> str:
+    return str(options(container(daemonset)["args"], NODE_NAME="n", NODE_IP="10.0.0.1")["instance"])
+
+
+def test_versions_are_known_from_each_other() -> None:
+    """By what decides whether they can work, and by nothing that leaves the pods as they are."""
+    first = instance(find(render(), "DaemonSet", "netpol-agent"))
+    assert first.startswith("kube-system/netpol-agent:")
+    for same in ({"dashboard": {"enabled": True}}, {"prometheusRule": {"enabled": True}}, {"rbac": {"create": False}}):
+        assert instance(find(render(same), "DaemonSet", "netpol-agent")) == first
+    for other in (
+        {"image": {"tag": "x"}},
+        {"agent": {"resync": 11}},
+        {"metrics": {"port": 9}},
+        {"health": {"port": 9}},
+    ):
+        assert instance(find(render(other), "DaemonSet", "netpol-agent")) != first
 
 
 def test_every_node_and_before_other_pods() -> None:

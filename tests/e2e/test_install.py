@@ -9,7 +9,7 @@ import pytest
 
 from tests.cluster.kube import NODES, kubectl, left_on, needs_cluster
 from tests.cluster.live import until
-from tests.e2e.release import NAME, SPACE, Release, helm
+from tests.e2e.release import CHART, NAME, SPACE, Release, helm
 
 pytestmark = needs_cluster
 ACCOUNT = f"system:serviceaccount:{SPACE}:{NAME}"
@@ -86,9 +86,23 @@ def test_helm_test(release: Release) -> None:
 
 @pytest.mark.parametrize("value", ["agent.backend=iptables", "agents.backend=nft", "metrics.port=none"])
 def test_a_wrong_value_is_refused(release: Release, value: str) -> None:
-    done = helm("upgrade", NAME, ".", "--reuse-values", "--set", value)
+    done = helm("upgrade", NAME, str(CHART), "--reuse-values", "--set", value)
     assert done.code != 0
+    assert "values don't meet the specifications of the schema" in done.said
+    assert value.partition(".")[0] in done.said
     assert release.is_there()
+
+
+def test_a_second_release_is_not_ready(release: Release) -> None:
+    """It waits beside the first, and nobody says of it that it works."""
+    told = [word for value in release.values for word in ("--set", value)]
+    try:
+        done = helm("install", "another", str(CHART), "--wait", "--timeout", "20s", *told)
+        assert done.code != 0
+        assert release.ready() == set(release.pods().values())
+    finally:
+        helm("uninstall", "another", "--no-hooks", "--wait")
+    assert all(left_on(node) for node in NODES)
 
 
 def test_what_is_left_after_uninstall(release: Release) -> None:

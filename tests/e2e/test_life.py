@@ -16,6 +16,12 @@ from tests.cluster.stage import Serving, staged
 from tests.e2e.release import CHART, NAME, SPACE, Release, helm
 
 pytestmark = needs_cluster
+CANNOT_WORK = [
+    "apiServer.host=192.0.2.1,apiServer.port=6443",
+    "image.tag=nowhere",
+    "agent.extraArgs={--no-such-option}",
+    "metrics.port=10250",  # the kubelet's
+]
 FEW = 100
 """Connections that a flood makes at least."""
 
@@ -87,9 +93,10 @@ def test_policies_change_during_an_upgrade(home: Home, release: Release) -> None
     assert slowest < 5
 
 
-@pytest.mark.parametrize("value", ["rbac.create=false", "image.tag=nowhere", "agent.extraArgs={--no-such-option}"])
+@pytest.mark.parametrize("value", CANNOT_WORK)
 def test_an_upgrade_that_cannot_work_replaces_nobody(home: Home, release: Release, value: str) -> None:
-    """No permissions, no image, no start: the old agents are there and enforce what changes, until it is put right."""
+    """No API server, no image, no start, no port: the old agents enforce what changes, until it is put right."""
+    release.rolled_out()
     before = release.pods()
     told = [word for one in (*release.values, value) for word in ("--set", one)]
     with flood(home):
@@ -100,6 +107,13 @@ def test_an_upgrade_that_cannot_work_replaces_nobody(home: Home, release: Releas
         kubectl("-n", "release-home", "label", "--overwrite", "pod", "stranger", label)
         until(lambda wanted=wanted: home.reaches(STRANGER, patience=0.1) == wanted, 10, f"{label} is enforced")
     release.install()
+    release.rolled_out()
+
+
+def test_where_it_listens_can_be_changed(home: Home, release: Release) -> None:
+    with flood(home):
+        release.install("health.port=10094", "metrics.port=10095")
+        release.install()
     release.rolled_out()
 
 

@@ -48,6 +48,14 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end }}
 
+{{- /* NAME:VERSION, of what decides whether the agent can work; `/readyz?instance=` knows two versions from each other. */ -}}
+{{- define "netpol-agent.instance" -}}
+{{- with .Values }}
+{{- $of := list .agent .apiServer .metrics.enabled .metrics.port .npmMetrics .health .resources (include "netpol-agent.image" $) }}
+{{- printf "%s/%s:%s" $.Release.Namespace $.Release.Name (toJson $of | sha256sum | trunc 10) }}
+{{- end }}
+{{- end }}
+
 {{- /* Where pods on the host's network find the API server. */ -}}
 {{- define "netpol-agent.apiServer" -}}
 {{- with .Values.apiServer }}
