@@ -97,17 +97,19 @@ def test_policies_change_during_an_upgrade(home: Home, release: Release) -> None
 def test_an_upgrade_that_cannot_work_replaces_nobody(home: Home, release: Release, value: str) -> None:
     """No API server, no image, no start, no port: the old agents enforce what changes, until it is put right."""
     release.rolled_out()
-    before = release.pods()
+    before = release.ready()
     told = [word for one in (*release.values, value) for word in ("--set", one)]
-    with flood(home):
-        done = helm("upgrade", NAME, str(CHART), "--wait", "--timeout", "25s", *told)
-        assert done.code != 0
-    assert release.ready() == set(before.values())
-    for label, wanted in (("friend=yes", {True}), ("friend-", {False})):
-        kubectl("-n", "release-home", "label", "--overwrite", "pod", "stranger", label)
-        until(lambda wanted=wanted: home.reaches(STRANGER, patience=0.1) == wanted, 10, f"{label} is enforced")
-    release.install()
-    release.rolled_out()
+    try:
+        with flood(home):
+            done = helm("upgrade", NAME, str(CHART), "--wait", "--timeout", "25s", *told)
+            assert done.code != 0
+        assert release.ready() == before
+        for label, wanted in (("friend=yes", {True}), ("friend-", {False})):
+            kubectl("-n", "release-home", "label", "--overwrite", "pod", "stranger", label)
+            until(lambda wanted=wanted: home.reaches(STRANGER, patience=0.1) == wanted, 10, f"{label} is enforced")
+    finally:
+        done = helm("rollback", NAME, "--wait", "--timeout", "60s")
+        assert done.code == 0, f"{done.said}\n{release.troubles()}"
 
 
 def test_where_it_listens_can_be_changed(home: Home, release: Release) -> None:
