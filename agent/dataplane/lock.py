@@ -14,6 +14,8 @@ from agent.dataplane.errors import KernelError
 
 NAME = "\0netpol-agent"
 """An abstract socket: it belongs to the network namespace, whatever the file systems, and goes with its process."""
+FOLLOWERS = 16
+"""That are heard at the same time; usually there is one."""
 LONGEST = 1024
 """Bytes that are heard of a follower."""
 PAUSE = 0.02
@@ -67,9 +69,9 @@ class Turn:
         with self._mutex:
             self._hear()
             told = {said.decode(errors="replace").strip() for said in self._followers.values()}
-        return (
-            "" if instance in told else f"{instance} has not said that it could follow; its log says what it waits for"
-        )
+        if instance in told:
+            return ""
+        return f"{instance} has not said that it could follow; its log says what it waits for"
 
     def close(self) -> None:
         for one in (self._lock, *self._followers, *([self._word] if self._word else [])):
@@ -94,7 +96,7 @@ class Turn:
     def _hear(self) -> None:
         """Who waits, and what they say; those that have ended are forgotten."""
         with suppress(OSError):  # nobody else, or it is not our turn
-            while True:
+            while len(self._followers) < FOLLOWERS:
                 follower, _ = self._lock.accept()
                 follower.setblocking(False)
                 self._followers[follower] = b""

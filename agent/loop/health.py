@@ -7,8 +7,6 @@ from time import monotonic
 
 STUCK = 60.0
 """Seconds without a turn of the writer after which it counts as stuck; there is one a second at least."""
-
-
 NOT_YET = "nothing has been enforced yet"
 
 

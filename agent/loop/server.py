@@ -20,9 +20,10 @@ from agent.loop.health import Health
 
 REQUESTS = 16
 """That are answered at the same time."""
-SOFTWARE = "netpol-agent"
 SECONDS = 5.0
 """That a client may take in all, to say what it wants and to take the answer."""
+SOFTWARE = "netpol-agent"
+"""As what we answer."""
 
 
 class Answer(NamedTuple):
