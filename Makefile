@@ -56,7 +56,7 @@ image-lock: venv
 
 e2e: packages venv prometheus helm image
 	@[ -n "$$KUBECONFIG" ] || { echo 'make e2e: give KUBECONFIG=FILE of a cluster without a policy engine' >&2; exit 2; }
-	@E2E=1 $(BIN)/pytest -v --durations=10 $(or $(TESTS),tests/e2e)
+	@E2E=1 $(BIN)/pytest -vv --tb=short --durations=10 $(or $(TESTS),tests/e2e)
 
 unit: venv prometheus helm
 	@env -u KUBECONFIG $(BIN)/pytest -n $(JOBS) -m 'not root' $(TESTS)
