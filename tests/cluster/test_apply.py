@@ -48,7 +48,7 @@ def shop() -> Iterator[dict[str, str]]:
         for node in NODES:
             agent(node, "clean")
         kubectl("label", "namespace", "kube-system", "name-")
-        kubectl("delete", "namespace", "shop", "--wait=false")
+        kubectl("delete", "namespace", "shop")
 
 
 Pair = tuple[str, str]
