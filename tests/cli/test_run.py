@@ -8,18 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.cli.shell import AGENT, Command, agent, inside, run
+from tests.kube import wire
 from tests.lab.world import needs_root
-
-KUBECONFIG = """{apiVersion: v1, kind: Config, current-context: c,
-contexts: [{name: c, context: {cluster: c, user: u}}],
-clusters: [{name: c, cluster: {server: "http://127.0.0.1:1"}}], users: [{name: u, user: {token: t}}]}
-"""
 
 
 @pytest.fixture
 def kubeconfig(tmp_path: Path) -> Path:
     path = tmp_path / "kubeconfig"
-    path.write_text(KUBECONFIG)
+    path.write_text(wire.kubeconfig("http://127.0.0.1:1"))
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.cli.shell import Done, run
-from tests.kube.wire import Listener, Wire
+from tests.kube.wire import Listener, Wire, kubeconfig
 
 Answers = list[tuple[int, Any]]
 
@@ -62,13 +62,10 @@ def _pod(node: str, state: Any) -> Any:
 
 @contextmanager
 def asking(tmp_path: Path, *options: str, **answers: Answers) -> Iterator[tuple[Done, Api]]:
-    kubeconfig = tmp_path / "kubeconfig"
+    path = tmp_path / "kubeconfig"
     with Api(**answers) as api:
-        kubeconfig.write_text(
-            "{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c, user: u}}],"
-            f"clusters: [{{name: c, cluster: {{server: '{api.url}'}}}}], users: [{{name: u, user: {{token: t}}}}]}}"
-        )
-        yield run("wait-clean", "clean", "-n", "there", "--kubeconfig", kubeconfig, *options), api
+        path.write_text(kubeconfig(api.url))
+        yield run("wait-clean", "clean", "-n", "there", "--kubeconfig", path, *options), api
 
 
 def test_it_waits_for_all_nodes(tmp_path: Path) -> None:

@@ -34,6 +34,16 @@ def until(true: Callable[[], Any], seconds: float, what: str, else_shown: Callab
     return time.monotonic() - begin
 
 
+def sample(metrics: str, name: str, **labels: str) -> float:
+    """A sample of an agent's /metrics, the sum where labels leave several."""
+    return sum(
+        one.value
+        for family in text_string_to_metric_families(metrics)
+        for one in family.samples
+        if one.name == f"netpol_agent_{name}" and labels.items() <= one.labels.items()
+    )
+
+
 def node_addresses(node: str) -> list[str]:
     """The node's addresses, an IPv4 one first."""
     form = "jsonpath={.status.addresses[?(@.type=='InternalIP')].address}"
@@ -80,12 +90,7 @@ class Running:
 
     def metric(self, name: str, **labels: str) -> float:
         """A sample of /metrics, the sum where labels leave several."""
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(self.metrics())
-            for sample in family.samples
-            if sample.name == f"netpol_agent_{name}" and labels.items() <= sample.labels.items()
-        )
+        return sample(self.metrics(), name, **labels)
 
     def said(self) -> str:
         """What the process that was started last has logged."""

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import pytest
 import yaml
 
 from tests.chart import discovery
+from tests.chart.helm import CHART, ROOT, tool
 from tests.cluster.kube import kubectl
 from tests.cluster.live import until
-from tests.e2e.release import CHART, ROOT, load_image
+from tests.e2e.release import load_image
 
 SPACE = "netpol-agent-monitoring"
 IMAGE = "netpol-agent-prometheus:test"
@@ -157,9 +157,7 @@ def prometheus() -> Iterator[Prometheus]:
 
 def _image(folder: Path) -> Path:
     """The binary with the libraries that it wants, packed as our own image is."""
-    binary = shutil.which("prometheus", path=f"{ROOT / '.venv' / 'bin'}:/usr/bin")
-    if binary is None:
-        pytest.skip("needs Debian's prometheus: make prometheus")
+    binary = tool("prometheus", "`make prometheus` fetches Debian's")
     root = folder / "root"
     libraries = re.findall(r"(/\S+) \(0x", subprocess.run(["ldd", binary], capture_output=True, text=True).stdout)
     for source, target in [(binary, "/usr/bin/prometheus"), *((one, one) for one in libraries)]:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
+from tests.chart.helm import CHART, ROOT, tool
 from tests.cluster.kube import kubectl
+from tests.cluster.live import sample
 
-ROOT = Path(__file__).parents[2]
-CHART = ROOT / "charts" / "netpol-agent"
 IMAGE = ROOT / "dist" / "netpol-agent-image.tar"
 NAME, SPACE = "netpol-agent", "kube-system"
 DEVELOPMENT_CLUSTER = ROOT.parent / "shared" / "cluster"
@@ -38,11 +36,13 @@ class Done(NamedTuple):
 
 
 def helm(*arguments: str) -> Done:
-    """Helm, of PATH or of the virtual environment."""
-    command = shutil.which("helm", path=f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}")
-    if command is None:
-        pytest.skip("needs helm: neither it nor go is here (make helm)")
-    done = subprocess.run([command, "-n", SPACE, *arguments], capture_output=True, text=True, check=False)
+    """In the release's namespace."""
+    done = subprocess.run(
+        [tool("helm", "`make helm` builds it where there is Go"), "-n", SPACE, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return Done(done.returncode, done.stdout + done.stderr)
 
 
@@ -112,12 +112,7 @@ class Release:
     def metric(self, node: str, name: str, **labels: str) -> float:
         """A sample of the node's /metrics, through the API server; the sum where labels leave several."""
         path = f"/api/v1/namespaces/{SPACE}/pods/{self.pods()[node]}:{METRICS}/proxy/metrics"
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(kubectl("get", "--raw", path))
-            for sample in family.samples
-            if sample.name == f"netpol_agent_{name}" and labels.items() <= sample.labels.items()
-        )
+        return sample(kubectl("get", "--raw", path), name, **labels)
 
     def left_in_cluster(self) -> list[str]:
         """Objects of the release that the cluster holds."""

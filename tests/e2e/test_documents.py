@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.chart.helm import ROOT
 from tests.cluster.kube import NODES, kubectl, left_on, needs_cluster, node_command
 from tests.docs.blocks import Block, blocks
-from tests.e2e.release import NAME, ROOT, SPACE, Release, helm
+from tests.e2e.release import NAME, SPACE, Release, helm
 
 pytestmark = needs_cluster
 INSTALL = [block for block in blocks(ROOT / "docs" / "install.md") if block.mark == "cluster"]

@@ -7,9 +7,10 @@ import subprocess
 
 import pytest
 
+from tests.chart.helm import CHART
 from tests.cluster.kube import NODES, kubectl, left_on, needs_cluster
 from tests.cluster.live import until
-from tests.e2e.release import CHART, NAME, SPACE, Release, helm
+from tests.e2e.release import NAME, SPACE, Release, helm
 
 pytestmark = needs_cluster
 ACCOUNT = f"system:serviceaccount:{SPACE}:{NAME}"

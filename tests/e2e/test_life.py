@@ -8,12 +8,13 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.chart.helm import CHART
 from tests.cluster.home import FRIEND, GUEST, LIFE, PODS, SERVER, STEP, STRANGER, Home
 from tests.cluster.kube import NODES, kubectl, left_on, needs_cluster, on_node
 from tests.cluster.live import until
 from tests.cluster.places import Places
 from tests.cluster.stage import Serving, staged
-from tests.e2e.release import CHART, NAME, SPACE, Release, helm
+from tests.e2e.release import NAME, SPACE, Release, helm
 
 pytestmark = needs_cluster
 CANNOT_WORK = [
